@@ -1,0 +1,63 @@
+"""The one error a user may ever see.
+
+A message answers four questions, each on its own line: what is wrong, where (file, record, key), what was
+expected against what was found, and what to do about it. The command line prints it without a traceback; anything
+that is not a `DeadpanError` is a bug in deadpan and keeps its traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class DeadpanError(Exception):
+    """A mistake or a circumstance that the user can mend.
+
+    Args:
+        what: One sentence: what is wrong.
+        where: The file, record, key or option it is about.
+        expected: What would have been right.
+        found: What is there instead.
+        fix: What to do, ideally a command to run.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | Path | None = None,
+        expected: str | None = None,
+        found: str | None = None,
+        fix: str | None = None,
+    ) -> None:
+        self.what = what
+        self.where = None if where is None else str(where)
+        self.expected = expected
+        self.found = found
+        self.fix = fix
+        super().__init__(what)
+
+    def details(self) -> list[tuple[str, str]]:
+        """The labelled lines below the first one, in reading order."""
+        pairs = [("where", self.where), ("expected", self.expected), ("found", self.found), ("fix", self.fix)]
+        return [(label, text) for label, text in pairs if text is not None]
+
+    def __str__(self) -> str:
+        return "\n".join([self.what, *(f"  {label}: {text}" for label, text in self.details())])
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Keyword-only arguments do not survive the default pickling, and data-loader workers pickle their errors.
+        return _rebuild, (type(self), self.what, dict(self.details()))
+
+
+def _rebuild(kind: type[DeadpanError], what: str, details: dict[str, str]) -> DeadpanError:
+    return kind(what, **details)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The advice for a misspelt name: the nearest known ones, or all of them when none is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if near:
+        return "did you mean " + " or ".join(repr(word) for word in near) + "?"
+    return "choose one of " + ", ".join(known)
