@@ -1,13 +1,17 @@
 """deadpan: turn a vision-language model into a teller of cold jokes.
 
-    import deadpan
-    teller = deadpan.load("InternVL2-2B")
-    teller.tell("dog.png")
+import deadpan
+teller = deadpan.load("InternVL2-2B")
+teller.tell("dog.png")
 """
 
+import logging
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+# bitsandbytes complains at import that an optional CPU kernel is missing; its built-in one computes the same.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from deadpan.errors import DeadpanError

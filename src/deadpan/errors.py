@@ -39,7 +39,12 @@ class DeadpanError(Exception):
 
     def details(self) -> list[tuple[str, str]]:
         """The labelled lines below the first one, in reading order."""
-        pairs = [("where", self.where), ("expected", self.expected), ("found", self.found), ("fix", self.fix)]
+        pairs = [
+            ("where", self.where),
+            ("expected", self.expected),
+            ("found", self.found),
+            ("fix", self.fix),
+        ]
         return [(label, text) for label, text in pairs if text is not None]
 
     def __str__(self) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from deadpan import __version__
-from deadpan.cli import data
+from deadpan.cli import data, doctor, export, recipe, tell, train
 from deadpan.errors import DeadpanError
 
 app = typer.Typer(
@@ -20,6 +20,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data.app, name="data")
+app.add_typer(recipe.app, name="recipe")
+app.command()(train.train)
+app.command()(export.export)
+app.command()(tell.tell)
+app.command()(doctor.doctor)
 
 
 def _print_version(value: bool) -> None:
@@ -32,7 +37,9 @@ def _print_version(value: bool) -> None:
 def main(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     """Turn a vision-language model into a teller of cold jokes (冷笑话)."""

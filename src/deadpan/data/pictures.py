@@ -14,18 +14,22 @@ MAX_PIXELS = 178_956_970
 """The most pixels a picture may claim: Pillow's own threshold for a decompression bomb (half a gigabyte of RGB)."""
 
 
+# Pillow warns at half of its limit. A picture that is still allowed is no news; and a filter set around each call would
+# not be safe in threads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
 class PictureError(DeadpanError):
     """A picture that is missing, damaged, not a picture, or too large to open safely."""
 
 
 def _open(path: Path) -> Image.Image:
     if not path.is_file():
-        raise PictureError("The picture is missing.", where=path, fix="restore the file, or remove the record")
+        raise PictureError(
+            "The picture is missing.", where=path, fix="restore the file, or remove the record"
+        )
     try:
-        with warnings.catch_warnings():
-            # Pillow warns at half the limit that it refuses at; a large picture that is still allowed is no news.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(path)
+        return Image.open(path)
     except UnidentifiedImageError:
         raise PictureError(
             "The file is not a picture that Pillow can read.",
@@ -74,5 +78,7 @@ def open_picture(path: Path) -> Image.Image:
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         # The set that Pillow's decoders raise for damaged files; SyntaxError is what its PNG reader uses.
         raise PictureError(
-            f"The picture is damaged: {error}.", where=path, fix="replace the file, or remove the record"
+            f"The picture is damaged: {error}.",
+            where=path,
+            fix="replace the file, or remove the record",
         ) from None

@@ -1,0 +1,1 @@
+"""transformers' InternVL classes, and what we put on them."""

@@ -33,7 +33,9 @@ def _candidates(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
     return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
 
 
-def grid(width: int, height: int, min_tiles: int = 1, max_tiles: int = 12, tile_size: int = 448) -> tuple[int, int]:
+def grid(
+    width: int, height: int, min_tiles: int = 1, max_tiles: int = 12, tile_size: int = 448
+) -> tuple[int, int]:
     """Choose the tile grid for a picture.
 
     The grid with the nearest aspect ratio wins. Among grids of equal ratio (1x1, 2x2, 3x3) a larger one wins only
@@ -67,7 +69,12 @@ def grid(width: int, height: int, min_tiles: int = 1, max_tiles: int = 12, tile_
 
 
 def count(
-    width: int, height: int, min_tiles: int = 1, max_tiles: int = 12, tile_size: int = 448, thumbnail: bool = True
+    width: int,
+    height: int,
+    min_tiles: int = 1,
+    max_tiles: int = 12,
+    tile_size: int = 448,
+    thumbnail: bool = True,
 ) -> int:
     """The number of tiles a picture becomes, the thumbnail included."""
     columns, rows = grid(width, height, min_tiles, max_tiles, tile_size)
@@ -75,14 +82,20 @@ def count(
 
 
 def split(
-    image: Image.Image, min_tiles: int = 1, max_tiles: int = 12, tile_size: int = 448, thumbnail: bool = True
+    image: Image.Image,
+    min_tiles: int = 1,
+    max_tiles: int = 12,
+    tile_size: int = 448,
+    thumbnail: bool = True,
 ) -> list[Image.Image]:
     """Cut a picture into RGB tiles of tile_size x tile_size, row by row, the thumbnail last."""
     image = image.convert("RGB")
     columns, rows = grid(*image.size, min_tiles, max_tiles, tile_size)
     resized = image.resize((columns * tile_size, rows * tile_size))
     tiles = [
-        resized.crop((column * tile_size, row * tile_size, (column + 1) * tile_size, (row + 1) * tile_size))
+        resized.crop(
+            (column * tile_size, row * tile_size, (column + 1) * tile_size, (row + 1) * tile_size)
+        )
         for row in range(rows)
         for column in range(columns)
     ]
@@ -92,7 +105,11 @@ def split(
 
 
 def pixel_values(
-    image: Image.Image, max_tiles: int = 12, tile_size: int = 448, thumbnail: bool = True, min_tiles: int = 1
+    image: Image.Image,
+    max_tiles: int = 12,
+    tile_size: int = 448,
+    thumbnail: bool = True,
+    min_tiles: int = 1,
 ) -> torch.Tensor:
     """Turn a picture into the vision tower's input.
 
@@ -107,8 +124,10 @@ def pixel_values(
         float32 of shape (tile, 3, tile_size, tile_size).
     """
     tiles = split(image, min_tiles, max_tiles, tile_size, thumbnail)
-    values = np.stack([np.asarray(tile, dtype=np.float32) for tile in tiles])  # (tile, row, column, 3)
+    values = np.stack(
+        [np.asarray(tile, dtype=np.float32) for tile in tiles]
+    )  # (tile, row, column, 3)
     # Division first, then mean, then std, each in float32: any other order differs in the last bit from upstream.
-    values = values / np.float32(255)
-    values = (values - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)
+    mean, std = (np.array(c, dtype=np.float32) for c in (IMAGENET_MEAN, IMAGENET_STD))
+    values = (values / np.float32(255) - mean) / std
     return torch.from_numpy(np.ascontiguousarray(values.transpose(0, 3, 1, 2)))

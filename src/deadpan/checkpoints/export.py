@@ -1,0 +1,326 @@
+"""Write a model for other tools, and prove that it is the model that was trained.
+
+An export is written to a temporary folder, reloaded in a fresh process, compared on a probe with the model it was made
+from, and only then given its name. If anything differs by more than rounding explains, nothing is left behind.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import InternVLForConditionalGeneration
+
+from deadpan.checkpoints import keys, probe
+from deadpan.checkpoints.files import WeightFiles, write_weights
+from deadpan.checkpoints.load import Loaded, Progress, load
+from deadpan.checkpoints.official_config import language_model_name, to_transformers
+from deadpan.checkpoints.processor_files import (
+    hf_image_processor,
+    save_generation_config,
+    save_processor,
+    save_tokenizer,
+    write_json,
+)
+from deadpan.checkpoints.source import Layout, detect, resolve
+from deadpan.environment import installed
+from deadpan.errors import DeadpanError, did_you_mean
+from deadpan.models import lora
+from deadpan.models.answer_loss import plain_model
+from deadpan.processing.processor import POLICY_FILE, Processor
+from deadpan.processing.template import IMAGE_TOKEN, PICTURE
+from deadpan.processing.tokenizer import read_json
+
+_STORED_TYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+_LIMITS = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.5}
+"""The largest difference of logits that rounding explains, in standard deviations of the logits: measured values are in
+docs/experiments.md."""
+
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pth")
+
+
+def export(
+    source: str | Path,
+    out: Path,
+    layout: str,
+    *,
+    dtype: str = "stored",
+    device: str = "auto",
+    base: str | Path | None = None,
+    official_files: Path | None = None,
+    limit: float | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Export a run, a checkpoint or a model.
+
+    Args:
+        source: A run folder, a checkpoint folder in any layout, or a Hub id.
+        out: The folder to write; it must not exist.
+        layout: hf, official or adapter.
+        dtype: stored (as the base model's files), bf16, fp16 or fp32.
+        device: Where to merge and compare: auto, cpu, cuda or cuda:N.
+        base: For an adapter: where its base model is now, if not where it was.
+        official_files: For the official layout from a base in the Hugging Face layout: a folder with the official
+            config.json, tokenizer and Python files.
+        limit: The largest difference of two logits to accept; by default set by the type of the weights.
+        progress: Called with the number of tensors read and their total.
+
+    Returns:
+        What `export.json` holds.
+
+    Raises:
+        DeadpanError: If something is missing, or the reloaded export differs from its source by more than the limit.
+    """
+    if layout not in list(Layout):
+        raise DeadpanError(
+            f"The layout {layout!r} is unknown.", fix=did_you_mean(layout, list(Layout))
+        )
+    if out.exists():
+        raise DeadpanError(
+            "The folder to export to exists already.", where=out, fix="choose another name"
+        )
+    folder = resolve(source)
+    if dtype == "stored":
+        base_folder = folder
+        if detect(folder) is Layout.ADAPTER:
+            base_folder = resolve(base if base is not None else lora.base_of(folder))
+        dtype = _stored_type(base_folder)
+    loaded = load(folder, device=device, dtype=dtype, base=base, progress=progress)
+    reference = probe.run(loaded.model, loaded.processor)
+    with _temporary_beside(out) as temporary:
+        _write(loaded, temporary, Layout(layout), official_files)
+        where = str(plain_model(loaded.model).lm_head.weight.device)
+        trained_base = loaded.base
+        del loaded
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        reloaded = _in_fresh_process(temporary, where, dtype)
+        report = _judge(reference, reloaded, dtype, limit)
+        report |= {
+            "source": str(folder),
+            "base": str(trained_base),
+            "layout": layout,
+            "dtype": dtype,
+        }
+        report["as_trained"] = _as_trained(folder, reloaded, where, dtype, base)
+        write_json(temporary / "export.json", report)
+        temporary.rename(out)
+    return report
+
+
+def _stored_type(folder: Path) -> str:
+    """The type of a checkpoint's numbers."""
+    stored = WeightFiles(folder).stored_type()
+    if stored not in _STORED_TYPES:
+        raise DeadpanError(
+            "The checkpoint's weights are of an unknown type.",
+            where=folder,
+            expected=", ".join(_STORED_TYPES),
+            found=stored,
+            fix="choose the type to export in with --dtype",
+        )
+    return _STORED_TYPES[stored]
+
+
+@contextmanager
+def _temporary_beside(out: Path) -> Iterator[Path]:
+    """A folder on the same disk as `out`, removed unless it has been renamed."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    temporary.chmod(0o755)
+    try:
+        yield temporary
+    except OSError as error:
+        raise DeadpanError(
+            f"The export could not be written: {error}.",
+            where=out,
+            found=f"{shutil.disk_usage(out.parent).free / 2**30:.2f} GiB free",
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(loaded: Loaded, folder: Path, layout: Layout, official_files: Path | None) -> None:
+    if layout is Layout.ADAPTER:
+        if not hasattr(loaded.model, "peft_config"):
+            raise DeadpanError(
+                "A whole model has no adapter to export.",
+                where=loaded.folder,
+                fix="use --layout hf",
+            )
+        for name in ("adapter_config.json", lora.ADAPTER_FILE, POLICY_FILE):
+            shutil.copyfile(loaded.folder / name, folder / name)
+        save_tokenizer(loaded.processor, folder, PICTURE)
+        save_generation_config(loaded.processor, folder)
+        return
+    plain = plain_model(loaded.model)
+    if hasattr(loaded.model, "peft_config"):
+        state = lora.merged(loaded.model)
+    else:
+        state = {name: parameter.data for name, parameter in plain.named_parameters()}
+    if plain.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    if layout is Layout.HF:
+        _write_hf(plain, state, loaded.processor, folder)
+    else:
+        _write_official(plain, state, loaded, folder, official_files)
+
+
+def _write_hf(
+    model: InternVLForConditionalGeneration,
+    state: dict[str, torch.Tensor],
+    processor: Processor,
+    folder: Path,
+) -> None:
+    dtype = next(iter(state.values())).dtype
+    model.config.architectures = ["InternVLForConditionalGeneration"]
+    config = model.config.to_dict()
+    for key in ("_name_or_path", "_attn_implementation_autoset", "quantization_config"):
+        config.pop(key, None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    write_json(folder / "config.json", config)
+    write_weights(((keys.hf_name(name), tensor) for name, tensor in state.items()), folder)
+    save_processor(processor, folder)
+    save_tokenizer(processor, folder, IMAGE_TOKEN)
+    save_generation_config(processor, folder)
+    images = hf_image_processor(processor)
+    # Two files with the same content: older readers look for preprocessor_config.json, newer ones for the other.
+    write_json(
+        folder / "preprocessor_config.json", {**images, "processor_class": "InternVLProcessor"}
+    )
+    write_json(
+        folder / "processor_config.json",
+        {
+            "processor_class": "InternVLProcessor",
+            "image_seq_length": processor.tile_policy.tokens_per_tile,
+            "image_processor": images,
+        },
+    )
+
+
+def _write_official(
+    model: InternVLForConditionalGeneration,
+    state: dict[str, torch.Tensor],
+    loaded: Loaded,
+    folder: Path,
+    official_files: Path | None,
+) -> None:
+    files = official_files or loaded.base
+    if detect(files) is not Layout.OFFICIAL:
+        raise DeadpanError(
+            "The official layout takes its config, tokenizer and Python files from an official checkpoint.",
+            where=files,
+            found="a folder in the Hugging Face layout",
+            fix="pass --official-files with a folder that holds them (weights are not needed), or use --layout hf",
+        )
+    for path in files.iterdir():
+        if path.is_file() and not any(path.match(pattern) for pattern in _WEIGHT_FILES):
+            shutil.copyfile(path, folder / path.name)
+    processor, policy = loaded.processor, loaded.processor.tile_policy
+    config = read_json(folder / "config.json")
+    language_model = language_model_name(config, files / "config.json")
+    # Fails here, with the file's name, if these files describe another architecture.
+    expected = to_transformers(config, model.config.image_token_id, True, files / "config.json")
+    if expected.text_config.to_diff_dict() != model.config.text_config.to_diff_dict():
+        raise DeadpanError(
+            "The official files describe another language model.",
+            where=files / "config.json",
+            fix="take them from the checkpoint that this model descends from",
+        )
+    config.update(
+        template=processor.template.name,
+        min_dynamic_patch=policy.min_tiles,
+        max_dynamic_patch=policy.max_tiles,
+        use_thumbnail=policy.thumbnail,
+        torch_dtype=str(next(iter(state.values())).dtype).removeprefix("torch."),
+    )
+    write_json(folder / "config.json", config)
+    tokenizer_config = read_json(folder / "tokenizer_config.json")
+    tokenizer_config["chat_template"] = processor.template.jinja(PICTURE)
+    write_json(folder / "tokenizer_config.json", tokenizer_config)
+    save_generation_config(processor, folder)
+    write_json(folder / POLICY_FILE, processor.policy())
+    entries = keys.official_entries(model.config, state, language_model)
+    write_weights(
+        ((entry.source, entry.join([state[name] for name in entry.targets])) for entry in entries),
+        folder,
+    )
+
+
+def _in_fresh_process(folder: Path, device: str, dtype: str) -> dict[str, torch.Tensor]:
+    with tempfile.TemporaryDirectory() as scratch:
+        result = Path(scratch) / "probe.safetensors"
+        command = [sys.executable, "-m", "deadpan.checkpoints.probe"]
+        command += [str(folder), str(result), device, dtype]
+        done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+        if done.returncode != 0:
+            raise DeadpanError(
+                "The export could not be reloaded, so it was removed.",
+                where=folder,
+                found=done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message",
+            )
+        return load_file(result)
+
+
+def _judge(
+    reference: dict[str, torch.Tensor],
+    reloaded: dict[str, torch.Tensor],
+    dtype: str,
+    limit: float | None,
+) -> dict[str, Any]:
+    for name in ("input_ids", "pixel_values"):
+        if not torch.equal(reference[name], reloaded[name]):
+            raise DeadpanError(
+                f"The export makes other {name} of the same conversation, so it was removed.",
+                fix="this is a bug in deadpan; please report it with the checkpoint's name",
+            )
+    difference = probe.compare(reference["logits"], reloaded["logits"])
+    limit = _LIMITS[dtype] * difference.spread if limit is None else limit
+    if not difference.maximum <= limit:
+        raise DeadpanError(
+            "The reloaded export differs from the model it was made from, so it was removed.",
+            expected=f"logits within {limit:.3g}",
+            found=f"a difference of {difference.maximum:.3g}, "
+            f"the same likeliest token at {difference.same_argmax:.1%} of positions",
+            fix="export with --dtype fp32, or accept the difference with --limit",
+        )
+    return {
+        "deadpan": installed("deadpan"),
+        "max_logit_difference": difference.maximum,
+        "limit": limit,
+        "logit_spread": difference.spread,
+        "same_argmax": difference.same_argmax,
+        "kl_divergence": difference.kl,
+    }
+
+
+def _as_trained(
+    folder: Path,
+    reloaded: dict[str, torch.Tensor],
+    device: str,
+    dtype: str,
+    base: str | Path | None,
+) -> dict[str, Any] | None:
+    """For an adapter trained on a quantised base: how far the export is from the model as it was in training."""
+    path = folder / POLICY_FILE
+    if detect(folder) is not Layout.ADAPTER or not path.exists():
+        return None
+    quantization = read_json(path).get("trained_on", "none")
+    if quantization == "none":
+        return None
+    loaded = load(folder, device=device, dtype=dtype, base=base, quantization=quantization)
+    trained = probe.run(loaded.model, loaded.processor)
+    difference = probe.compare(trained["logits"], reloaded["logits"])
+    return {
+        "quantization": quantization,
+        "max_logit_difference": difference.maximum,
+        "same_argmax": difference.same_argmax,
+        "kl_divergence": difference.kl,
+    }

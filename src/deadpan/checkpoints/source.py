@@ -1,0 +1,116 @@
+"""From what a user types after `MODEL` to a folder on disk."""
+
+import os
+from enum import StrEnum
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from deadpan.errors import DeadpanError
+from deadpan.processing.tokenizer import read_json
+
+NEEDED_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt", "*.py"]
+"""What is fetched from the Hub. Python files are carried along into official exports and never run."""
+
+
+class Layout(StrEnum):
+    """How a checkpoint folder is laid out."""
+
+    OFFICIAL = "official"
+    HF = "hf"
+    ADAPTER = "adapter"
+
+
+def resolve(model: str | Path) -> Path:
+    """Find the checkpoint folder that a name stands for, downloading it if need be.
+
+    Args:
+        model: A local folder (a run folder stands for its best or else its latest checkpoint), or a Hub id.
+
+    Raises:
+        DeadpanError: If there is no such folder and the Hub has none either, or cannot be reached.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if (folder / "checkpoints").is_dir():
+            for name in ("best", "latest"):
+                if (folder / name).is_dir():
+                    return (folder / name).resolve()
+            raise DeadpanError(
+                "The run has no checkpoint yet.", where=folder, fix="train it further first"
+            )
+        return folder
+    looks_local = (
+        folder.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1
+    )
+    if looks_local:
+        raise DeadpanError(
+            f"There is no model {str(model)!r}.",
+            expected="a checkpoint folder, a run folder, or a Hub id such as OpenGVLab/InternVL2-2B",
+            found=f"no folder {folder.absolute()}",
+        )
+    return _download(str(model))
+
+
+def _download(repo: str) -> Path:
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    local = f"download it elsewhere and pass the folder: hf download {repo} --local-dir {Path(repo).name}"
+    try:
+        return Path(snapshot_download(repo, allow_patterns=NEEDED_FILES))
+    except HFValidationError:
+        raise DeadpanError(
+            f"{repo!r} is neither a folder nor a valid Hub id.",
+            fix="check the path, or write the id as OWNER/NAME",
+        ) from None
+    except GatedRepoError:
+        raise DeadpanError(
+            f"{repo} is gated.",
+            where=endpoint,
+            fix="accept its terms on the Hub, then run: hf auth login",
+        ) from None
+    except RepositoryNotFoundError:
+        raise DeadpanError(
+            f"The Hub has no model {repo!r}, or it is private.",
+            where=endpoint,
+            fix="check the spelling; for a private model run: hf auth login",
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        # LocalEntryNotFoundError is also how huggingface_hub says HF_HUB_OFFLINE=1.
+        reason = str(error).strip().splitlines()[0]
+        raise DeadpanError(
+            f"There is no folder {repo!r}, and the Hub cannot be reached.",
+            where=endpoint,
+            found=reason,
+            fix=f"set HF_ENDPOINT to a mirror, unset HF_HUB_OFFLINE, or {local}",
+        ) from None
+
+
+def detect(folder: Path) -> Layout:
+    """Tell a checkpoint folder's layout.
+
+    Raises:
+        DeadpanError: If it is none of those that deadpan reads.
+    """
+    if (folder / "adapter_config.json").exists():
+        return Layout.ADAPTER
+    config = read_json(folder / "config.json")
+    architecture = (config.get("architectures") or [None])[0]
+    model_type = config.get("model_type")
+    if architecture == "InternVLChatModel" or model_type == "internvl_chat":
+        return Layout.OFFICIAL
+    if architecture == "InternVLForConditionalGeneration" or model_type == "internvl":
+        return Layout.HF
+    raise DeadpanError(
+        "The checkpoint's architecture is unknown.",
+        where=folder / "config.json",
+        expected="InternVLChatModel, InternVLForConditionalGeneration, or an adapter folder",
+        found=str(architecture or model_type),
+        fix="use an InternVL checkpoint (InternVL2, InternVL2.5, InternVL3)",
+    )

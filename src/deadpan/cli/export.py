@@ -1,0 +1,73 @@
+"""`deadpan export`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="A run folder, one of its checkpoints, or any model."),
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist yet.")],
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="hf (transformers, vLLM, LMDeploy), official (InternVLChatModel), or adapter (PEFT)."
+        ),
+    ] = "hf",
+    dtype: Annotated[
+        str, typer.Option(help="stored (as the base's files), bf16, fp16 or fp32.")
+    ] = "stored",
+    base: Annotated[
+        str | None, typer.Option(help="For an adapter whose base model has moved: where it is now.")
+    ] = None,
+    official_files: Annotated[
+        Path | None,
+        typer.Option(
+            help="For --layout official from an hf base: a folder with the official config.json and files."
+        ),
+    ] = None,
+    limit: Annotated[
+        float | None,
+        typer.Option(
+            help="The largest difference of logits to accept; by default set by the type of the weights."
+        ),
+    ] = None,
+) -> None:
+    """Write a model that other tools load, and prove that it is the one that was trained.
+
+    The adapter is merged into the base model's own weights. The result is reloaded in a fresh
+    process and its logits on a probe are compared with the adapter on its base; the figures go to
+    export.json. Beyond the limit the export fails and leaves nothing behind. Template, tile policy
+    and stop token travel in the folder, so serving it needs no flags.
+
+    Example: deadpan export runs/first first-merged --layout hf
+    """
+    from deadpan.checkpoints.export import export as run_export
+    from deadpan.cli.progress import bar
+
+    with bar("exporting") as progress:
+        report = run_export(
+            source,
+            out,
+            layout,
+            dtype=dtype,
+            base=base,
+            official_files=official_files,
+            limit=limit,
+            progress=progress,
+        )
+    typer.echo(f"wrote {out} ({layout})")
+    typer.echo(
+        f"largest logit difference after reload in a fresh process: {report['max_logit_difference']:.3g} "
+        f"(limit {report['limit']:.3g}); same likeliest token at {report['same_argmax']:.1%} of positions"
+    )
+    if report.get("as_trained") is not None:
+        typer.echo(
+            f"for information, against the {report['as_trained']['quantization']} base it was trained on: "
+            f"{report['as_trained']['max_logit_difference']:.3g}"
+        )
+    typer.echo(f"hear it: deadpan tell {out} PICTURE")

@@ -1,0 +1,238 @@
+"""What a recipe may say: every key with its type, bounds, default and meaning.
+
+The defaults are the figures of the walkthrough that deadpan reproduces, so a recipe holds only what
+differs from them.
+Values are not converted: `epochs: "8"` is a mistake, not eight.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+# Strict mode would ask for a `Path` or a tuple, and YAML has neither.
+RecipePath = Annotated[Path, Field(strict=False)]
+Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Lora(_Section):
+    """The low-rank adapter of the language model."""
+
+    r: int = Field(default=128, ge=1, description="Rank of the adapter matrices.")
+    lora_alpha: int = Field(
+        default=256,
+        ge=1,
+        description="Scale of the adapter: its output is multiplied by lora_alpha / r.",
+    )
+    lora_dropout: float = Field(
+        default=0.05, ge=0, lt=1, description="Dropout on the adapter's input while training."
+    )
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
+        default="all-linear",
+        description="Language-model layers that get an adapter: all linear ones, or those named.",
+    )
+
+
+class Data(_Section):
+    """The records to train on."""
+
+    train: RecipePath = Field(
+        description="The training records: a JSON array or JSON lines. "
+        "A relative path starts at the current directory."
+    )
+    images: RecipePath | None = Field(
+        default=None,
+        description="The folder that the records' image paths start from; null: the folder of the "
+        "records. A relative path starts at the current directory.",
+    )
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        default="auto",
+        description="Processes that prepare samples; 0 prepares them in the training process; "
+        "auto chooses from the CPU cores.",
+    )
+    overlong: Literal["error", "skip"] = Field(
+        default="error",
+        description="What to do with a sample longer than max_length: stop and name it, or "
+        "leave it out and count it.",
+    )
+
+
+class Optimizer(_Section):
+    """How a gradient becomes a step."""
+
+    name: Literal["adamw"] = Field(default="adamw", description="The algorithm.")
+    lr: float = Field(default=1e-5, gt=0, description="Learning rate at its peak.")
+    betas: Betas = Field(
+        default=(0.9, 0.999),
+        description="Decay of the running means of the gradient and of its square.",
+    )
+    weight_decay: float = Field(default=0.05, ge=0, description="Decoupled weight decay.")
+    eps: float = Field(default=1e-8, gt=0, description="Added to the denominator of each step.")
+    max_grad_norm: float = Field(
+        default=1.0,
+        gt=0,
+        description="Gradients whose overall norm is larger are scaled down to it.",
+    )
+
+
+class Schedule(_Section):
+    """How the learning rate moves over the run."""
+
+    name: Literal["cosine", "constant"] = Field(
+        default="cosine",
+        description="The shape after the warm-up: down to zero along a cosine, or level.",
+    )
+    warmup_ratio: float = Field(
+        default=0.03,
+        ge=0,
+        lt=1,
+        description="Share of the steps in which the rate climbs linearly from zero.",
+    )
+
+
+class Recipe(_Section):
+    """Everything that decides a training run."""
+
+    model: str = Field(
+        min_length=1, description="The checkpoint to start from: a folder, a Hub id, or an alias."
+    )
+    attention: Literal["auto", "eager", "sdpa", "flash"] = Field(
+        default="auto", description="The attention kernel; auto takes the fastest that works here."
+    )
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        default="auto",
+        description="The type computed in; auto: bf16 where the device has it, else fp32.",
+    )
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
+        examples=["auto", "cpu", "cuda", "cuda:0"],
+        description="Where to train; auto: the first GPU, else the CPU.",
+    )
+    quantization: Literal["none", "nf4"] = Field(
+        default="none",
+        description="How the frozen language model is held; nf4: 4 bits a weight (QLoRA).",
+    )
+    lora: Lora = Lora()
+    train_projector: bool = Field(
+        default=True, description="Train the projector between vision tower and language model too."
+    )
+    max_tiles: int | None = Field(
+        default=None,
+        ge=1,
+        description="The most tiles a picture is cut into, the thumbnail not counted; null: "
+        "what the checkpoint says.",
+    )
+    max_length: int = Field(
+        default=8192, ge=1, description="The most tokens of a sample, image tokens included."
+    )
+    data: Data
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    epochs: int = Field(default=8, ge=1, description="Passes over the training records.")
+    max_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Stop after this many optimizer steps; null: after the last epoch.",
+    )
+    micro_batch_size: int = Field(default=8, ge=1, description="Samples in one forward pass.")
+    gradient_accumulation_steps: int = Field(
+        default=2,
+        ge=1,
+        description="Forward passes whose gradients are summed into one optimizer step.",
+    )
+    packing: bool = Field(
+        default=False,
+        description="Lay a micro-batch's samples end to end in one row instead of padding them.",
+    )
+    gradient_checkpointing: bool = Field(
+        default=True,
+        description="Recompute activations in the backward pass: less memory, more time.",
+    )
+    log_every_steps: int = Field(
+        default=1, ge=1, description="Optimizer steps between two lines of metrics."
+    )
+    save_every_steps: int = Field(
+        default=200, ge=1, description="Optimizer steps between two checkpoints."
+    )
+    keep_checkpoints: int = Field(
+        default=3, ge=1, description="The newest checkpoints that are kept."
+    )
+    run: str = Field(
+        default="runs/my-teller", min_length=1, description="The folder that the run writes."
+    )
+    seed: int = Field(
+        default=0, ge=0, le=2**32 - 1, description="Seed of initialisation, order and dropout."
+    )
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a recipe, as the reference and the error messages show it."""
+
+    name: str
+    """Dotted, such as `optimizer.lr`."""
+    expected: str
+    """Its type and bounds in words, such as `number > 0`."""
+    description: str
+    required: bool
+    default: Any
+    """None where the key is required or is a section."""
+    is_section: bool
+
+
+@cache
+def keys() -> dict[str, Key]:
+    """Every key of a recipe by its dotted name, sections included, in the order of the schema."""
+    schema = Recipe.model_json_schema()
+    return {key.name: key for key in _walk(schema, schema["$defs"], "")}
+
+
+def _walk(schema: dict[str, Any], definitions: dict[str, Any], prefix: str) -> Iterator[Key]:
+    for name, field in schema["properties"].items():
+        section = definitions[field["$ref"].rpartition("/")[2]] if "$ref" in field else None
+        yield Key(
+            name=prefix + name,
+            expected=f"mapping of {', '.join(section['properties'])}"
+            if section
+            else _in_words(field),
+            description=(section or field)["description"],
+            required=name in schema.get("required", []),
+            default=None if section else field.get("default"),
+            is_section=section is not None,
+        )
+        if section:
+            yield from _walk(section, definitions, f"{prefix}{name}.")
+
+
+def _in_words(field: dict[str, Any]) -> str:
+    """Put a JSON schema into a few words."""
+    if "anyOf" in field:
+        return " or ".join(_in_words(choice) for choice in field["anyOf"])
+    if "const" in field:
+        return str(field["const"])
+    if "enum" in field:
+        *others, last = field["enum"]
+        return f"{', '.join(others)} or {last}"
+    if "examples" in field:
+        return "one like " + ", ".join(field["examples"])
+    if field["type"] == "array":
+        if "prefixItems" in field:
+            return f"[{', '.join(_in_words(item) for item in field['prefixItems'])}]"
+        return f"list of at least {field['minItems']} {_in_words(field['items'])}"
+    if field["type"] == "boolean":
+        return "true or false"
+    word = field["format"] if field.get("format") == "path" else field["type"]
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    bounds = [f"{sign} {field[name]}" for name, sign in signs.items() if name in field]
+    if field.get("minLength"):
+        bounds.append("that is not empty")
+    return " ".join([word, " and ".join(bounds)]).strip()

@@ -1,0 +1,70 @@
+"""The training loss, computed only where there is something to learn.
+
+Of a sample with seven tiles about twenty tokens in two thousand are supervised. The hidden states that predict them are
+picked out first, and only those rows meet the output head: logits of shape (supervised, vocabulary) instead of
+(row, token, vocabulary), with the same loss and the same gradients.
+"""
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.nn import functional
+from transformers import InternVLForConditionalGeneration
+
+from deadpan.processing.encoding import IGNORE_INDEX
+
+
+class AnswerLoss(nn.Module):
+    """A model whose forward pass returns the summed cross-entropy of the supervised tokens.
+
+    Args:
+        model: InternVL, plain or wrapped by PEFT.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Sum the loss of a micro-batch.
+
+        Args:
+            input_ids: int64 of shape (row, token), padded on the right.
+            labels: int64 of shape (row, token), `IGNORE_INDEX` where not supervised.
+            position_ids: int64 of shape (row, token); where they start again, another sample starts.
+            pixel_values: float of shape (tile, 3, tile_size, tile_size), or None.
+
+        Returns:
+            float32 scalar: the sum over supervised tokens of -log p(token | what precedes it).
+        """
+        plain = plain_model(self.model)
+        packed: dict[str, Any] = {}
+        if plain.config._attn_implementation == "deadpan_flash" and len(input_ids) == 1:
+            starts = (position_ids[0] == 0).nonzero().flatten().to(torch.int32)
+            ends = starts.new_tensor([input_ids.shape[1]])
+            packed["cu_seq_lens_q"] = torch.cat([starts, ends])
+            packed["max_length_q"] = int(position_ids.max()) + 1
+        hidden = plain.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            position_ids=position_ids,
+            use_cache=False,
+            **packed,
+        ).last_hidden_state  # (row, token, hidden)
+        targets = labels[:, 1:]
+        supervised = targets != IGNORE_INDEX
+        logits = plain.lm_head(hidden[:, :-1][supervised])  # (supervised, vocabulary)
+        return functional.cross_entropy(logits.float(), targets[supervised], reduction="sum")
+
+
+def plain_model(model: nn.Module) -> InternVLForConditionalGeneration:
+    """InternVL itself, inside PEFT's wrapper if there is one."""
+    return model.base_model.model if isinstance(model, PeftModel) else model

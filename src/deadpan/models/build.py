@@ -1,0 +1,48 @@
+"""Build transformers' InternVL without weights, and fill in its parameters one at a time.
+
+A model is built on the meta device and each parameter is put in place as it is read: peak memory is the model plus one
+tensor, whatever the type on disk, and quantised layers never exist in full precision on the device.
+"""
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTrainedModel
+
+from deadpan.models.attention import implementation
+
+
+def build_empty(config: InternVLConfig, attention: str) -> InternVLForConditionalGeneration:
+    """Build the model with its parameters on the meta device and its buffers real.
+
+    Args:
+        config: The configuration.
+        attention: auto, eager, sdpa or flash.
+    """
+    config._attn_implementation = implementation(attention)
+    with init_empty_weights(include_buffers=False):
+        model = InternVLForConditionalGeneration(config)
+    return model.eval()
+
+
+def put_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a tensor in place of a parameter, frozen; a layer that quantises itself does so here."""
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    old = module._parameters[leaf]
+    if type(old) is nn.Parameter:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        from deadpan.models.nf4 import quantised
+
+        module._parameters[leaf] = quantised(tensor)
+
+
+def checkpoint_layers(language_model: PreTrainedModel) -> None:
+    """Recompute decoder layers in the backward pass instead of keeping their activations."""
+    # transformers renamed the method in 5.2x and deprecated the old name.
+    enable = getattr(language_model, "activation_checkpointing_enable", None)
+    if enable is not None:
+        enable({"use_reentrant": False})
+    else:
+        language_model.gradient_checkpointing_enable({"use_reentrant": False})

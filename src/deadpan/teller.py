@@ -1,0 +1,167 @@
+"""The Python API: a teller is a loaded model that tells jokes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from deadpan.checkpoints.load import Loaded, Progress
+from deadpan.checkpoints.load import load as load_checkpoint
+from deadpan.data.pictures import open_picture
+from deadpan.data.records import Turn
+from deadpan.engines.base import GenerationSettings, Joke, Request
+from deadpan.engines.builtin import BuiltinEngine
+from deadpan.errors import DeadpanError
+from deadpan.processing.processor import Processor
+from deadpan.processing.template import PICTURE
+
+PROMPT = "请你根据这张图片，讲一个脑洞大开的梗"
+"""What a teller is asked if nothing else is said: the question of CLoT_cn_2000."""
+
+Picture = str | Path | Image.Image
+
+
+class Teller:
+    """A model and its processor behind an engine.
+
+    Args:
+        loaded: What `deadpan.checkpoints.load.load` returns.
+    """
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._loaded = loaded
+        self.engine = BuiltinEngine(loaded)
+
+    @property
+    def model(self) -> Any:
+        """The transformers module."""
+        return self._loaded.model
+
+    @property
+    def processor(self) -> Processor:
+        """What makes the model's inputs."""
+        return self._loaded.processor
+
+    def tell(
+        self,
+        pictures: Sequence[Picture] | Picture | None,
+        prompt: str = PROMPT,
+        *,
+        n: int = 1,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        max_new_tokens: int = 128,
+    ) -> str | list[str] | list[list[str]]:
+        """Tell jokes about pictures.
+
+        Args:
+            pictures: A picture (path or PIL image), several to be answered each for itself, or None for none.
+            prompt: The question.
+            n: Jokes a picture; more than one needs a temperature.
+            temperature: 0 for the likeliest answer; about 0.8 for variety.
+            top_p: Draw only among the likeliest tokens that together have this probability.
+            seed: Makes drawing repeatable.
+            max_new_tokens: The most tokens of a joke.
+
+        Returns:
+            One joke; with n > 1 a list of them; for several pictures a list with one of these for each.
+
+        Raises:
+            DeadpanError: If a picture is broken or a setting is out of range.
+        """
+        settings = GenerationSettings(max_new_tokens, temperature, top_p, seed)
+        if pictures is None or isinstance(pictures, str | Path | Image.Image):
+            (group,) = self.jokes([pictures], prompt, n=n, settings=settings)
+            return group[0].text if n == 1 else [joke.text for joke in group]
+        groups = self.jokes(pictures, prompt, n=n, settings=settings)
+        if n == 1:
+            return [group[0].text for group in groups]
+        return [[joke.text for joke in group] for group in groups]
+
+    def jokes(
+        self,
+        pictures: Sequence[Picture | None],
+        prompt: str = PROMPT,
+        *,
+        n: int = 1,
+        settings: GenerationSettings | None = None,
+    ) -> list[list[Joke]]:
+        """Like `tell`, with token counts and the reason each joke ended: n jokes for each picture."""
+        settings = settings or GenerationSettings()
+        if n < 1:
+            raise DeadpanError(
+                "The number of jokes is out of range.", expected="at least 1", found=str(n)
+            )
+        if n > 1 and settings.temperature == 0:
+            raise DeadpanError(
+                f"{n} jokes were asked for, but without drawing they would all be the same.",
+                fix="set a temperature, for example 0.8",
+            )
+        requests = [request(picture, prompt) for picture in pictures for _ in range(n)]
+        jokes = self.engine.generate(requests, settings)
+        return [jokes[i : i + n] for i in range(0, len(jokes), n)]
+
+    def score(
+        self, picture: Picture | None, choices: Sequence[str], prompt: str = PROMPT
+    ) -> list[float]:
+        """How likely the model finds each of several answers to a picture.
+
+        Returns:
+            For each choice, the log-probability in nats of its tokens and the closing stop token, summed.
+        """
+        return self.engine.score(request(picture, prompt), choices)
+
+    def close(self) -> None:
+        """Release the model's memory."""
+        self.engine.close()
+
+
+def request(picture: Picture | None, prompt: str) -> Request:
+    """A question about a picture (or about none), the picture in front of the question."""
+    if picture is None:
+        return Request([], [Turn("human", prompt)])
+    name = "the picture" if isinstance(picture, Image.Image) else str(picture)
+    image = picture if isinstance(picture, Image.Image) else open_picture(Path(picture))
+    text = prompt if PICTURE in prompt else f"{PICTURE}\n{prompt}"
+    return Request([image], [Turn("human", text)], name)
+
+
+def load(
+    model: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    attention: str = "auto",
+    quantization: str = "none",
+    max_tiles: int | None = None,
+    base: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Teller:
+    """Load a teller.
+
+    Args:
+        model: A checkpoint folder (official or Hugging Face layout, or an adapter), a run folder, or a Hub id.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: auto (bf16 on a GPU that computes in it, else fp32), bf16, fp16 or fp32.
+        attention: auto, eager, sdpa or flash.
+        quantization: none or nf4.
+        max_tiles: Overrides the checkpoint's own tile limit.
+        base: For an adapter whose base model has moved: where it is now.
+        progress: Called with the number of tensors read and their total.
+
+    Raises:
+        DeadpanError: If the model cannot be found or loaded, saying why.
+    """
+    loaded = load_checkpoint(
+        model,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        quantization=quantization,
+        max_tiles=max_tiles,
+        base=base,
+        progress=progress,
+    )
+    return Teller(loaded)

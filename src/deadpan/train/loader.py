@@ -1,0 +1,68 @@
+"""Prepare micro-batches off the training process's path."""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from deadpan.data.records import Record
+from deadpan.processing.collate import Batch, collate
+from deadpan.processing.processor import Processor
+from deadpan.train.plan import MicroBatch, Plan
+
+_MOST_WORKERS = 8
+
+
+class _MicroBatches(Dataset[tuple[MicroBatch, Batch]]):
+    """Makes the tensors of a micro-batch; its index is the micro-batch itself."""
+
+    def __init__(self, records: Sequence[Record], processor: Processor, packing: bool) -> None:
+        self._records, self._processor, self._packing = records, processor, packing
+
+    def __getitem__(self, micro_batch: MicroBatch) -> tuple[MicroBatch, Batch]:
+        samples = [self._processor.record(self._records[i]) for i in micro_batch.indices]
+        return micro_batch, collate(samples, self._processor.pad_id, self._packing)
+
+
+class _Order(Sampler[MicroBatch]):
+    def __init__(self, plan: Plan, done: int) -> None:
+        self._plan, self._done = plan, done
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return self._plan.micro_batches(self._done)
+
+
+def worker_count(workers: int | Literal["auto"], device: torch.device) -> int:
+    """`auto` leaves a core for the training process, and on a CPU, which is busy training, uses none."""
+    if workers != "auto":
+        return workers
+    if device.type == "cpu":
+        return 0
+    return max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) - 1))
+
+
+def batches(
+    records: Sequence[Record],
+    processor: Processor,
+    plan: Plan,
+    done: int,
+    packing: bool,
+    workers: int,
+) -> DataLoader:
+    """A loader of (MicroBatch, Batch) for all steps after the finished ones."""
+    return DataLoader(
+        _MicroBatches(records, processor, packing),
+        batch_size=None,
+        sampler=_Order(plan, done),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_one_thread,
+        # Batches are decided by the plan alone; without this, each loader would draw from the run's random numbers.
+        generator=torch.Generator(),
+    )
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)

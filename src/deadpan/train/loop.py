@@ -1,0 +1,339 @@
+"""The training loop.
+
+One optimizer step is: gather the step's micro-batches, count their supervised tokens, and for each
+micro-batch add the gradient of (sum of its tokens' losses) / (tokens of the whole step). So eight
+samples at once and one sample eight times give the same gradient, however the tokens are spread, and
+a short last step weighs each token like any other.
+"""
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from peft import PeftModel
+from torch.utils.data import DataLoader
+
+from deadpan.checkpoints.load import choose_device, choose_dtype, load
+from deadpan.checkpoints.source import Layout, detect, resolve
+from deadpan.config.loader import dump_recipe, load_recipe
+from deadpan.config.schema import Recipe
+from deadpan.data.records import load as load_records
+from deadpan.environment import describe
+from deadpan.errors import DeadpanError
+from deadpan.models import lora
+from deadpan.models.answer_loss import AnswerLoss, plain_model
+from deadpan.models.build import checkpoint_layers
+from deadpan.processing.collate import Batch
+from deadpan.processing.processor import Processor
+from deadpan.train import state
+from deadpan.train.loader import batches, worker_count
+from deadpan.train.plan import MicroBatch, Plan
+from deadpan.train.schedule import schedule
+from deadpan.train.survey import Survey, survey
+from deadpan.train.watcher import Watcher
+
+_MAY_CHANGE = {
+    "attention", "device", "log_every_steps", "save_every_steps", "keep_checkpoints", "run",
+}  # fmt: skip
+"""Recipe keys that a resumed run may have otherwise than before."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        run: The run folder.
+        checkpoint: Its newest checkpoint.
+        steps: Optimizer steps done in all.
+        loss: The last step's loss.
+        interrupted: Whether it was stopped by a signal before its last step.
+    """
+
+    run: Path
+    checkpoint: Path
+    steps: int
+    loss: float
+    interrupted: bool
+
+
+class Trainer:
+    """One training run.
+
+    Args:
+        recipe: What to do.
+        resume: Go on from the run folder's newest checkpoint.
+        watcher: Is told what happens.
+
+    Raises:
+        DeadpanError: If the data, the model, or the run folder is not in order.
+    """
+
+    def __init__(self, recipe: Recipe, resume: bool, watcher: Watcher) -> None:
+        self.recipe, self.watcher = recipe, watcher
+        self.run = Path(recipe.run)
+        self._checkpoint = _open_run(self.run, recipe, resume)
+        self.device = choose_device(recipe.device)
+        self.dtype = choose_dtype(recipe.precision, self.device)
+        set_seed(recipe.seed)
+        records = load_records(recipe.data.train, recipe.data.images)
+        self.model, self.processor = self._load_model()
+        self.survey: Survey = survey(
+            records, self.processor, recipe.data.overlong, watcher.surveying
+        )
+        self.plan = Plan(
+            len(self.survey.records),
+            recipe.epochs,
+            recipe.micro_batch_size,
+            recipe.gradient_accumulation_steps,
+            recipe.seed,
+            recipe.max_steps,
+        )
+        self._prepare()
+
+    def _load_model(self) -> tuple[PeftModel, Processor]:
+        recipe = self.recipe
+        folder = resolve(recipe.model)
+        if detect(folder) is Layout.ADAPTER:
+            raise DeadpanError(
+                "Training starts from a whole model, and this is an adapter.",
+                where=folder,
+                fix="export it with --layout hf and train on that, or resume its run with --resume",
+            )
+        loaded = load(
+            folder,
+            device=str(self.device),
+            dtype={torch.bfloat16: "bf16", torch.float32: "fp32"}[self.dtype],
+            attention=recipe.attention,
+            quantization=recipe.quantization,
+            max_tiles=recipe.max_tiles,
+            max_length=recipe.max_length,
+            progress=self.watcher.loading,
+        )
+        # A folder is recorded by its full path, so that the adapter finds it from anywhere; a Hub id stays one.
+        base = str(folder.resolve()) if Path(recipe.model).expanduser().is_dir() else recipe.model
+        model = lora.attach(
+            loaded.model, base, train_projector=recipe.train_projector, **recipe.lora.model_dump()
+        )
+        if recipe.gradient_checkpointing:
+            # The frozen vision tower keeps no activations; only the language model has something to recompute.
+            checkpoint_layers(plain_model(model).model.language_model)
+        return model.train(), loaded.processor
+
+    def _prepare(self) -> None:
+        recipe = self.recipe
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if self.dtype is torch.bfloat16 else "no",
+            cpu=self.device.type == "cpu",
+        )
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        settings = recipe.optimizer
+        self.optimizer = torch.optim.AdamW(
+            trainable,
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=self.device.type == "cuda",
+        )
+        self.scheduler = schedule(self.optimizer, recipe.schedule, self.plan.steps)
+        self.position = state.Position()
+        if self._checkpoint is not None:
+            self.position = state.restore(
+                self._checkpoint, self.model, self.optimizer, self.scheduler
+            )
+        # Prepared without its optimizer: gradients are scaled and accumulated here, not by accelerate.
+        self.loss = self.accelerator.prepare_model(AnswerLoss(self.model))
+        self.trainable = trainable
+
+    def train(self) -> Result:
+        """Run to the end, or until SIGINT or SIGTERM asks to stop; either way the last step is saved."""
+        recipe, run = self.recipe, self.run
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        environment = json.dumps(describe(), ensure_ascii=False, indent=2)
+        (run / "environment.json").write_text(environment + "\n", encoding="utf-8")
+        _keep_until(run / "metrics.jsonl", self.position.step)
+        loader = batches(
+            self.survey.records,
+            self.processor,
+            self.plan,
+            self.position.step,
+            recipe.packing,
+            worker_count(recipe.data.workers, self.device),
+        )
+        metrics: dict[str, Any] = {"loss": math.nan}
+        saved = self._checkpoint
+        self.watcher.starting(self.plan, self.position.step, self.survey)
+        with (run / "metrics.jsonl").open("a", encoding="utf-8") as log, _stop_signal() as stop:
+            for metrics in self._steps(loader):
+                step = metrics["step"]
+                finished = step == self.plan.steps
+                if step % recipe.log_every_steps == 0 or finished:
+                    log.write(json.dumps(metrics) + "\n")
+                    log.flush()
+                self.watcher.stepped(metrics)
+                saved = None
+                if step % recipe.save_every_steps == 0 or finished or stop.is_set():
+                    saved = self._save()
+                if stop.is_set():
+                    break
+        if saved is None:
+            saved = self._save()
+        return Result(
+            run, saved, self.position.step, metrics["loss"], self.position.step < self.plan.steps
+        )
+
+    def _steps(self, loader: DataLoader) -> Iterator[dict[str, Any]]:
+        """Do the steps, yielding each one's metrics."""
+        began = time.perf_counter()
+        waited = 0.0
+        step: list[tuple[MicroBatch, Batch]] = []
+        for item in loader:
+            step.append(item)
+            if not item[0].last:
+                continue
+            waited = time.perf_counter() - began
+            metrics = self._step(step)
+            now = time.perf_counter()
+            seconds, began = now - began, now
+            samples = sum(len(micro_batch.indices) for micro_batch, _ in step)
+            tokens = sum(batch.tokens for _, batch in step)
+            self.position = state.Position(
+                step[0][0].step,
+                self.position.samples + samples,
+                self.position.seconds + seconds,
+            )
+            yield {
+                **metrics,
+                "samples_per_second": round(samples / seconds, 3),
+                "tokens_per_second": round(tokens / seconds, 1),
+                "data_wait_fraction": round(waited / seconds, 4),
+                "memory_gib": round(self._memory(), 3),
+            }
+            step = []
+
+    def _step(self, step: list[tuple[MicroBatch, Batch]]) -> dict[str, Any]:
+        supervised = sum(batch.supervised for _, batch in step)
+        total = torch.zeros((), device=self.device)
+        for _, batch in step:
+            on_device = batch.to(self.device)
+            loss = self.loss(
+                on_device.input_ids,
+                on_device.labels,
+                on_device.position_ids,
+                on_device.pixel_values,
+            )
+            self.accelerator.backward(loss / supervised)
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.recipe.optimizer.max_grad_norm)
+        mean = (total / supervised).item()
+        if not (math.isfinite(mean) and math.isfinite(norm.item())):
+            raise DeadpanError(
+                f"The loss or its gradient is no longer finite at step {step[0][0].step}.",
+                where="; ".join(name for _, batch in step for name in batch.names),
+                found=f"loss {mean}, gradient norm {norm.item()}",
+                fix="look at these records, lower optimizer.lr, or set precision=fp32; "
+                "the last checkpoint is intact",
+            )
+        lr = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {
+            "step": step[0][0].step,
+            "epoch": round(step[0][0].step / self.plan.steps_per_epoch, 4),
+            "loss": mean,
+            "lr": lr,
+            "grad_norm": norm.item(),
+        }
+
+    def _memory(self) -> float:
+        """Peak memory in GiB: of the GPU, or of this process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        return psutil.Process().memory_info().rss / 2**30
+
+    def _save(self) -> Path:
+        return state.save(
+            self.run,
+            self.position,
+            self.model,
+            self.processor,
+            self.optimizer,
+            self.scheduler,
+            self.recipe.quantization,
+            self.recipe.keep_checkpoints,
+        )
+
+
+def _open_run(run: Path, recipe: Recipe, resume: bool) -> Path | None:
+    """The checkpoint to resume from, or None for a fresh run.
+
+    Raises:
+        DeadpanError: If a fresh run would overwrite one, or there is nothing to resume, or another recipe was trained.
+    """
+    existing = state.checkpoints(run)
+    if not resume:
+        if existing:
+            raise DeadpanError(
+                "The run folder holds a run already.",
+                where=run,
+                found=f"checkpoints up to {existing[-1].name}",
+                fix="add --resume to go on with it, or choose another folder with run=runs/NAME",
+            )
+        return None
+    if not existing:
+        raise DeadpanError(
+            "There is no checkpoint to resume from.", where=run, fix="leave out --resume to start"
+        )
+    before = load_recipe(run / "recipe.yaml").model_dump(mode="json")
+    now = recipe.model_dump(mode="json")
+    changed = [key for key in now if key not in _MAY_CHANGE and now[key] != before[key]]
+    if changed:
+        raise DeadpanError(
+            "The recipe is not the one that the run was started with.",
+            where=run / "recipe.yaml",
+            expected="; ".join(f"{key}: {before[key]}" for key in changed),
+            found="; ".join(f"{key}: {now[key]}" for key in changed),
+            fix=f"resume with deadpan train {run / 'recipe.yaml'} --resume, or start a new run",
+        )
+    return existing[-1]
+
+
+def _keep_until(log: Path, step: int) -> None:
+    """Drop what a run logged after the checkpoint it resumes from; those steps are done again."""
+    if log.exists():
+        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
+        log.write_text("".join(line + "\n" for line in kept))
+
+
+@contextmanager
+def _stop_signal() -> Iterator[threading.Event]:
+    """Turn the first SIGINT or SIGTERM into a request to stop after the step; a second one interrupts at once."""
+    stop = threading.Event()
+    previous = {}
+
+    def ask(number: int, frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,85 @@
+"""Which records meet in which step.
+
+The whole run is decided beforehand by the seed: every epoch is a permutation of the records, cut into
+optimizer steps of micro_batch_size x gradient_accumulation_steps samples, and each step into
+micro-batches. Only the last step of an epoch may be smaller; since the loss is a mean over the step's
+supervised tokens, it needs no special care. A plan is a pure function of its arguments, so a resumed
+run only has to know how many steps are done.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The samples of one forward pass.
+
+    Attributes:
+        step: The optimizer step it belongs to, counted from 1.
+        epoch: The epoch, counted from 0.
+        indices: Which records.
+        last: Whether it is the step's last one.
+    """
+
+    step: int
+    epoch: int
+    indices: tuple[int, ...]
+    last: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All micro-batches of a run.
+
+    Attributes:
+        records: The number of training records.
+        epochs: Passes over them.
+        micro_batch_size: Samples of a forward pass.
+        accumulation: Forward passes of a step.
+        seed: Decides the order.
+        max_steps: Where to stop early, or None.
+    """
+
+    records: int
+    epochs: int
+    micro_batch_size: int
+    accumulation: int
+    seed: int
+    max_steps: int | None = None
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.micro_batch_size * self.accumulation
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.records / self.samples_per_step)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        total = self.steps_per_epoch * self.epochs
+        return total if self.max_steps is None else min(total, self.max_steps)
+
+    def order(self, epoch: int) -> list[int]:
+        """The records in the order of an epoch."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(self.records, generator=generator).tolist()
+
+    def micro_batches(self, done: int = 0) -> Iterator[MicroBatch]:
+        """The micro-batches after a number of finished steps."""
+        order: list[int] = []
+        for step in range(done, self.steps):
+            epoch, place = divmod(step, self.steps_per_epoch)
+            if not order or place == 0:
+                order = self.order(epoch)
+            start = place * self.samples_per_step
+            samples = order[start : start + self.samples_per_step]
+            size = self.micro_batch_size
+            chunks = [samples[i : i + size] for i in range(0, len(samples), size)]
+            for number, chunk in enumerate(chunks, start=1):
+                yield MicroBatch(step + 1, epoch, tuple(chunk), number == len(chunks))

@@ -1,0 +1,218 @@
+"""Checkpoints that exist whole or not at all.
+
+A checkpoint is written under a temporary name, every file is flushed to the disk and recorded with its
+size and SHA-256, and then the folder is renamed: at any moment a crash leaves either the old
+checkpoints or the old ones and the new one. The folder is an adapter in PEFT's format with its
+processor beside it, so `deadpan tell` and PEFT read it as it stands; `state.pt` and `state.json` hold
+what only resuming needs.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from deadpan.checkpoints.processor_files import save_processor
+from deadpan.errors import DeadpanError
+from deadpan.models import lora
+from deadpan.processing.processor import Processor
+
+MANIFEST = "manifest.json"
+_STATE_TENSORS, _STATE = "state.pt", "state.json"
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run has come.
+
+    Attributes:
+        step: Optimizer steps done.
+        samples: Samples seen.
+        seconds: Time spent in steps.
+    """
+
+    step: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    folder = run / "checkpoints"
+    found = folder.iterdir() if folder.is_dir() else []
+    return sorted(
+        (path for path in found if _NAME.fullmatch(path.name)),
+        key=lambda path: int(path.name.removeprefix("step-")),
+    )
+
+
+def save(
+    run: Path,
+    position: Position,
+    model: PeftModel,
+    processor: Processor,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    quantization: str,
+    keep: int,
+) -> Path:
+    """Write a checkpoint, point `latest` at it, and remove the oldest beyond `keep`.
+
+    Raises:
+        DeadpanError: If the disk is full or not writable; earlier checkpoints stay intact.
+    """
+    final = run / "checkpoints" / f"step-{position.step:06d}"
+    temporary = final.with_name(f".{final.name}.tmp")
+    try:
+        _remove_leftovers(final.parent)
+        temporary.mkdir(parents=True)
+        lora.save(model, temporary)
+        save_processor(processor, temporary, trained_on=quantization)
+        tensors = {
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+            "random": _random_state(),
+        }
+        torch.save(tensors, temporary / _STATE_TENSORS)
+        (temporary / _STATE).write_text(json.dumps(asdict(position), indent=2) + "\n")
+        _write_manifest(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync(final.parent)
+        point(run / "latest", final)
+    except (OSError, RuntimeError) as error:
+        # PyTorch's zip writer reports a full disk as RuntimeError.
+        shutil.rmtree(temporary, ignore_errors=True)
+        before = checkpoints(run)
+        raise DeadpanError(
+            f"The checkpoint of step {position.step} could not be written: {error}",
+            where=final,
+            found=f"{shutil.disk_usage(run).free / 2**30:.2f} GiB free",
+            fix="free some space and run again with --resume; "
+            + (f"{before[-1].name} is intact" if before else "there is no earlier checkpoint"),
+        ) from None
+    for old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in folder.glob(".step-*.tmp"):
+        shutil.rmtree(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
+
+
+def _write_manifest(folder: Path) -> None:
+    manifest = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    for path in folder.iterdir():
+        _sync(path)
+    _sync(folder)
+
+
+def point(link: Path, target: Path) -> None:
+    """Make a relative symbolic link, replacing an old one in one step."""
+    temporary = link.with_name(f".{link.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.relative_to(link.parent))
+    temporary.replace(link)
+
+
+def verify(checkpoint: Path) -> None:
+    """Compare a checkpoint's files with what was recorded when it was written.
+
+    Raises:
+        DeadpanError: If a file is missing or has changed.
+    """
+    others = [path.name for path in checkpoints(checkpoint.parent.parent) if path != checkpoint]
+    fix = (
+        f"remove the folder and resume from {others[-1]}"
+        if others
+        else "remove the folder and start again"
+    )
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError):
+        raise DeadpanError(
+            "The checkpoint has no readable manifest.", where=checkpoint, fix=fix
+        ) from None
+    for name, recorded in manifest.items():
+        path = checkpoint / name
+        found = _digest(path) if path.is_file() else None
+        if found != recorded:
+            raise DeadpanError(
+                "The checkpoint is damaged.",
+                where=path,
+                expected=f"{recorded['bytes']:,} bytes, SHA-256 {recorded['sha256'][:16]}...",
+                found="no such file"
+                if found is None
+                else f"{found['bytes']:,} bytes, SHA-256 {found['sha256'][:16]}...",
+                fix=fix,
+            )
+
+
+def restore(
+    checkpoint: Path,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+) -> Position:
+    """Put a run back to where a checkpoint left it, random numbers included.
+
+    Raises:
+        DeadpanError: If the checkpoint is damaged.
+    """
+    verify(checkpoint)
+    lora.load_state(model, checkpoint)
+    tensors = torch.load(checkpoint / _STATE_TENSORS, map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(tensors["optimizer"])
+    scheduler.load_state_dict(tensors["scheduler"])
+    _set_random_state(tensors["random"])
+    return Position(**json.loads((checkpoint / _STATE).read_text()))
+
+
+def _random_state() -> dict[str, Any]:
+    kind, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
+    version, numbers, gauss_next = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [str(kind), [int(k) for k in keys], int(place), int(has_gauss), float(gauss)],
+        "python": [version, list(numbers), gauss_next],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    version, numbers, gauss_next = state["python"]
+    random.setstate((version, tuple(numbers), gauss_next))

@@ -1,0 +1,96 @@
+"""Look at every record once before the first step: a run must not fail in its third hour over a truncated picture."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+from deadpan.data.pictures import open_picture
+from deadpan.data.records import Record
+from deadpan.errors import DeadpanError
+from deadpan.processing.processor import Processor
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is fit to be trained on.
+
+    Attributes:
+        records: The records to train on.
+        lengths: Their numbers of tokens.
+        skipped: The records left out for being too long.
+    """
+
+    records: list[Record]
+    lengths: list[int]
+    skipped: list[Record]
+
+
+def survey(
+    records: Sequence[Record],
+    processor: Processor,
+    overlong: Literal["error", "skip"],
+    progress: Callable[[int, int], None] | None = None,
+) -> Survey:
+    """Decode every picture and count every record's tokens, in parallel.
+
+    Args:
+        records: The training records.
+        processor: Counts tokens as training will.
+        overlong: What to do with a record longer than the processor's max_length.
+        progress: Called with the number of records looked at and their total.
+
+    Raises:
+        DeadpanError: If pictures are broken, or records are too long and not to be skipped.
+    """
+
+    def look(record: Record) -> int | DeadpanError:
+        try:
+            for path in record.image_paths:
+                open_picture(path)
+            return processor.length(record)
+        except DeadpanError as error:
+            return error
+
+    broken: list[tuple[Record, DeadpanError]] = []
+    kept: list[tuple[Record, int]] = []
+    skipped: list[tuple[Record, int]] = []
+    with ThreadPoolExecutor() as pool:
+        for done, (record, found) in enumerate(
+            zip(records, pool.map(look, records), strict=True), start=1
+        ):
+            if isinstance(found, DeadpanError):
+                broken.append((record, found))
+            elif found > processor.max_length:
+                skipped.append((record, found))
+            else:
+                kept.append((record, found))
+            if progress is not None:
+                progress(done, len(records))
+    if broken:
+        raise DeadpanError(
+            f"{len(broken)} of {len(records)} records cannot be trained on.",
+            found=_first(
+                [f"{record.name}: {error.what} ({error.where})" for record, error in broken]
+            ),
+            fix=f"run: deadpan data check {records[0].file}",
+        )
+    if skipped and (overlong == "error" or not kept):
+        raise DeadpanError(
+            f"{len(skipped)} of {len(records)} records are too long; none was cut off.",
+            expected=f"at most {processor.max_length} tokens (max_length)",
+            found=_first([f"{record.name}: {length} tokens" for record, length in skipped]),
+            fix="lower max_tiles, raise max_length, or leave them out with data.overlong=skip",
+        )
+    return Survey(
+        [record for record, _ in kept],
+        [length for _, length in kept],
+        [record for record, _ in skipped],
+    )
+
+
+def _first(messages: list[str]) -> str:
+    more = f"; and {len(messages) - _SHOWN} more" if len(messages) > _SHOWN else ""
+    return "; ".join(messages[:_SHOWN]) + more

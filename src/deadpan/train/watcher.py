@@ -1,0 +1,89 @@
+"""Who is told how a run goes: silently, or as progress bars."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from deadpan.train.plan import Plan
+from deadpan.train.survey import Survey
+
+
+class Watcher:
+    """Takes note of nothing; subclasses do."""
+
+    def loading(self, done: int, total: int) -> None:
+        """Weights are being read."""
+
+    def surveying(self, done: int, total: int) -> None:
+        """Records are being looked at."""
+
+    def starting(self, plan: Plan, done: int, survey: Survey) -> None:
+        """The first step is about to begin, `done` steps having been done before."""
+
+    def stepped(self, metrics: dict[str, Any]) -> None:
+        """A step is done."""
+
+
+class ProgressWatcher(Watcher):
+    """Draws progress bars on a console; a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "ProgressWatcher":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def _advance(self, what: str, done: int, total: int, note: str = "") -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._progress.add_task(what, total=total, note="")
+        self._progress.update(self._tasks[what], completed=done, total=total, note=note)
+
+    def loading(self, done: int, total: int) -> None:
+        self._advance("loading weights", done, total)
+
+    def surveying(self, done: int, total: int) -> None:
+        self._advance("checking records", done, total)
+
+    def starting(self, plan: Plan, done: int, survey: Survey) -> None:
+        tokens = sum(survey.lengths)
+        self._console.print(
+            f"{plan.records} records, {tokens:,} tokens an epoch, longest {max(survey.lengths):,}; "
+            f"{plan.steps} steps of {plan.samples_per_step} samples"
+        )
+        if survey.skipped:
+            self._console.print(f"[yellow]left out {len(survey.skipped)} records that are too long")
+        if done:
+            self._console.print(f"resuming after step {done}")
+
+        self._advance("training", done, plan.steps)
+
+    def stepped(self, metrics: dict[str, Any]) -> None:
+        note = (
+            f"loss {metrics['loss']:.4f}  {metrics['samples_per_second']:.2f} samples/s  "
+            f"{metrics['memory_gib']:.1f} GiB"
+        )
+        task = self._progress.tasks[self._tasks["training"]]
+        self._advance("training", metrics["step"], int(task.total or 0), note)
