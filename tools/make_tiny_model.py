@@ -100,7 +100,11 @@ def _sentencepiece_tokenizer(folder: Path) -> int:
 
 def _byte_level_tokenizer(folder: Path, phi3: bool) -> int:
     """Write a byte-level BPE tokenizer; returns the number of token ids."""
-    chat = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"] if phi3 else ["<|im_start|>", "<|im_end|>"]
+    chat = (
+        ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+        if phi3
+        else ["<|im_start|>", "<|im_end|>"]
+    )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -118,7 +122,9 @@ def _byte_level_tokenizer(folder: Path, phi3: bool) -> int:
     return tokenizer.get_vocab_size()
 
 
-def official_config(language_model: str, vocab_size: int, vision_6b: bool = False) -> dict[str, Any]:
+def official_config(
+    language_model: str, vocab_size: int, vision_6b: bool = False
+) -> dict[str, Any]:
     """An official `config.json` in miniature.
 
     Args:
@@ -145,7 +151,7 @@ def official_config(language_model: str, vocab_size: int, vision_6b: bool = Fals
             "hidden_act": "silu",
             "hidden_size": 64,
             "initializer_range": 0.02,
-            "intermediate_size": 96,
+            "intermediate_size": 128,
             "max_position_embeddings": 4096,
             "num_attention_heads": 4,
             "num_hidden_layers": 2,
@@ -178,12 +184,14 @@ def official_config(language_model: str, vocab_size: int, vision_6b: bool = Fals
     }
 
 
-def random_weights(model: InternVLForConditionalGeneration, seed: int) -> dict[str, torch.Tensor]:
+def random_weights(
+    model: InternVLForConditionalGeneration, seed: int, device: str = "cpu"
+) -> dict[str, torch.Tensor]:
     """Weights large enough that a mistake in any of them moves the logits."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     weights = {}
     for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
+        noise = torch.randn(parameter.shape, generator=generator, device=device)
         if parameter.ndim == 1 and name.endswith("weight"):
             weights[name] = 1 + 0.1 * noise
         elif "lambda_" in name:
@@ -212,15 +220,23 @@ def make_official(
         model = InternVLForConditionalGeneration(hf_config)
     weights = random_weights(model, seed)
     entries = keys.official_entries(hf_config, weights, language_model)
-    write_weights(((e.source, e.join([weights[name] for name in e.targets])) for e in entries), folder)
+    write_weights(
+        ((e.source, e.join([weights[name] for name in e.targets])) for e in entries), folder
+    )
     return folder
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
-    parser.add_argument("--language-model", choices=sorted(_TEMPLATES), default="InternLM2ForCausalLM")
-    parser.add_argument("--vision-6b", action="store_true", help="InternViT-6B's kind of vision tower")
+    parser.add_argument(
+        "--language-model", choices=sorted(_TEMPLATES), default="InternLM2ForCausalLM"
+    )
+    parser.add_argument(
+        "--vision-6b", action="store_true", help="InternViT-6B's kind of vision tower"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     make_official(arguments.out, arguments.language_model, arguments.vision_6b, arguments.seed)

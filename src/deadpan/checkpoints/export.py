@@ -54,6 +54,7 @@ def export(
     dtype: str = "stored",
     device: str = "auto",
     base: str | Path | None = None,
+    merge_into: str = "original",
     official_files: Path | None = None,
     limit: float | None = None,
     progress: Progress | None = None,
@@ -67,6 +68,9 @@ def export(
         dtype: stored (as the base model's files), bf16, fp16 or fp32.
         device: Where to merge and compare: auto, cpu, cuda or cuda:N.
         base: For an adapter: where its base model is now, if not where it was.
+        merge_into: For an adapter trained on a quantised base: original merges it into the base's own
+            weights; trained into what the quantised ones stood for, which is the model as it was in
+            training.
         official_files: For the official layout from a base in the Hugging Face layout: a folder with the official
             config.json, tokenizer and Python files.
         limit: The largest difference of two logits to accept; by default set by the type of the weights.
@@ -92,10 +96,23 @@ def export(
         if detect(folder) is Layout.ADAPTER:
             base_folder = resolve(base if base is not None else lora.base_of(folder))
         dtype = _stored_type(base_folder)
-    loaded = load(folder, device=device, dtype=dtype, base=base, progress=progress)
-    reference = probe.run(loaded.model, loaded.processor)
+    if merge_into not in ("original", "trained"):
+        raise DeadpanError(
+            f"There is no merging into {merge_into!r} weights.", expected="original or trained"
+        )
+    quantization = _trained_on(folder)
+    loaded = load(
+        folder,
+        device=device,
+        dtype=dtype,
+        base=base,
+        quantization=quantization if merge_into == "trained" else "none",
+        progress=progress,
+    )
     with _temporary_beside(out) as temporary:
+        # Written first: NF4 weights can be read back only until the model has answered on a CPU.
         _write(loaded, temporary, Layout(layout), official_files)
+        reference = probe.run(loaded.model, loaded.processor)
         where = str(plain_model(loaded.model).lm_head.weight.device)
         trained_base = loaded.base
         del loaded
@@ -106,10 +123,17 @@ def export(
         report |= {
             "source": str(folder),
             "base": str(trained_base),
+            "merged_into": merge_into,
             "layout": layout,
             "dtype": dtype,
+            "as_trained": None,
         }
-        report["as_trained"] = _as_trained(folder, reloaded, where, dtype, base)
+        if quantization != "none" and merge_into == "original":
+            trained = load(folder, device=where, dtype=dtype, base=base, quantization=quantization)
+            report["as_trained"] = {
+                "quantization": quantization,
+                **_figures(probe.run(trained.model, trained.processor), reloaded),
+            }
         write_json(temporary / "export.json", report)
         temporary.rename(out)
     return report
@@ -281,46 +305,34 @@ def _judge(
                 f"The export makes other {name} of the same conversation, so it was removed.",
                 fix="this is a bug in deadpan; please report it with the checkpoint's name",
             )
-    difference = probe.compare(reference["logits"], reloaded["logits"])
-    limit = _LIMITS[dtype] * difference.spread if limit is None else limit
-    if not difference.maximum <= limit:
+    figures = _figures(reference, reloaded)
+    limit = _LIMITS[dtype] * figures["logit_spread"] if limit is None else limit
+    if not figures["max_logit_difference"] <= limit:
         raise DeadpanError(
             "The reloaded export differs from the model it was made from, so it was removed.",
             expected=f"logits within {limit:.3g}",
-            found=f"a difference of {difference.maximum:.3g}, "
-            f"the same likeliest token at {difference.same_argmax:.1%} of positions",
+            found=f"a difference of {figures['max_logit_difference']:.3g}, "
+            f"the same likeliest token at {figures['same_argmax']:.1%} of positions",
             fix="export with --dtype fp32, or accept the difference with --limit",
         )
+    return {"deadpan": installed("deadpan"), "limit": limit, **figures}
+
+
+def _figures(
+    reference: dict[str, torch.Tensor], reloaded: dict[str, torch.Tensor]
+) -> dict[str, float]:
+    difference = probe.compare(reference["logits"], reloaded["logits"])
     return {
-        "deadpan": installed("deadpan"),
         "max_logit_difference": difference.maximum,
-        "limit": limit,
         "logit_spread": difference.spread,
         "same_argmax": difference.same_argmax,
         "kl_divergence": difference.kl,
     }
 
 
-def _as_trained(
-    folder: Path,
-    reloaded: dict[str, torch.Tensor],
-    device: str,
-    dtype: str,
-    base: str | Path | None,
-) -> dict[str, Any] | None:
-    """For an adapter trained on a quantised base: how far the export is from the model as it was in training."""
+def _trained_on(folder: Path) -> str:
+    """How the base was quantised in the training that made an adapter folder."""
     path = folder / POLICY_FILE
     if detect(folder) is not Layout.ADAPTER or not path.exists():
-        return None
-    quantization = read_json(path).get("trained_on", "none")
-    if quantization == "none":
-        return None
-    loaded = load(folder, device=device, dtype=dtype, base=base, quantization=quantization)
-    trained = probe.run(loaded.model, loaded.processor)
-    difference = probe.compare(trained["logits"], reloaded["logits"])
-    return {
-        "quantization": quantization,
-        "max_logit_difference": difference.maximum,
-        "same_argmax": difference.same_argmax,
-        "kl_divergence": difference.kl,
-    }
+        return "none"
+    return read_json(path).get("trained_on", "none")

@@ -62,20 +62,10 @@ def _text_config(config: dict[str, Any], tied: bool, where: Path) -> PreTrainedC
 
 def _vision_config(config: dict[str, Any]) -> InternVLVisionConfig:
     official = config["vision_config"]
-    same = [
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-        "hidden_act",
-        "norm_type",
-        "layer_norm_eps",
-        "image_size",
-        "patch_size",
-        "num_channels",
-        "attention_dropout",
-        "initializer_range",
-    ]
+    same = (
+        "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act norm_type "
+        "layer_norm_eps image_size patch_size num_channels attention_dropout initializer_range"
+    ).split()
     return InternVLVisionConfig(
         **{key: official[key] for key in same if key in official},
         attention_bias=official.get("qkv_bias", False),

@@ -24,6 +24,13 @@ def export(
     base: Annotated[
         str | None, typer.Option(help="For an adapter whose base model has moved: where it is now.")
     ] = None,
+    merge_into: Annotated[
+        str,
+        typer.Option(
+            help="After QLoRA: original (the base's own weights), or trained (what its 4-bit weights "
+            "stood for: the model exactly as it was in training)."
+        ),
+    ] = "original",
     official_files: Annotated[
         Path | None,
         typer.Option(
@@ -56,6 +63,7 @@ def export(
             layout,
             dtype=dtype,
             base=base,
+            merge_into=merge_into,
             official_files=official_files,
             limit=limit,
             progress=progress,

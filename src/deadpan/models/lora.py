@@ -26,6 +26,7 @@ from torch import nn
 from transformers import InternVLForConditionalGeneration
 
 from deadpan.errors import DeadpanError, did_you_mean
+from deadpan.models import nf4
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _LAYERS = "model.language_model.layers."
@@ -213,19 +214,22 @@ def load_state(model: PeftModel, folder: Path) -> None:
 def merged(model: PeftModel) -> dict[str, torch.Tensor]:
     """The parameters of the plain model with the adapter added in, under the plain model's names.
 
-    The sum is made in float32 and rounded once to the base weight's type.
+    The sum is made in float32 and rounded once to the base weight's type. Of an NF4 model these are
+    the numbers that its 4-bit weights stand for.
     """
     plain = model.base_model.model
     state: dict[str, torch.Tensor] = {}
     for name, parameter in plain.named_parameters():
         if ".lora_A." in name or ".lora_B." in name or ".modules_to_save." in name:
             continue
-        state[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = parameter.data
+        plain_name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        state[plain_name] = nf4.dequantised(parameter)
     for name, module in plain.named_modules():
         if isinstance(module, LoraLayer):
-            weight = module.get_base_layer().weight
-            delta = module.get_delta_weight("default")
-            state[f"{name}.weight"] = (weight.float() + delta.float()).to(weight.dtype)
+            weight = state[f"{name}.weight"]
+            low, high = module.lora_A["default"].weight, module.lora_B["default"].weight
+            delta = module.scaling["default"] * (high.float() @ low.float())
+            state[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
         elif isinstance(module, ModulesToSaveWrapper):
             for leaf, parameter in module.modules_to_save["default"].named_parameters():
                 base = state[f"{name}.{leaf}"]

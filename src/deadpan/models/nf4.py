@@ -9,11 +9,27 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 
+from deadpan.errors import DeadpanError
+
+_BLOCK = 64
+"""Weights that share a scale; bitsandbytes' CPU kernel wants whole blocks in a row."""
+
 
 def prepare(language_model: nn.Module, compute_dtype: torch.dtype) -> None:
-    """Replace the linear layers of a language model on the meta device by NF4 ones, still empty."""
+    """Replace the linear layers of a language model on the meta device by NF4 ones, still empty.
+
+    Raises:
+        DeadpanError: If a layer is too narrow.
+    """
     for name, module in list(language_model.named_modules()):
         if type(module) is nn.Linear:
+            if module.in_features % _BLOCK:
+                raise DeadpanError(
+                    f"The layer {name!r} cannot be held in NF4.",
+                    expected=f"an input width that is a multiple of {_BLOCK}",
+                    found=str(module.in_features),
+                    fix="use quantization none",
+                )
             with torch.device("meta"):
                 layer = bnb.nn.Linear4bit(
                     module.in_features,
@@ -25,6 +41,20 @@ def prepare(language_model: nn.Module, compute_dtype: torch.dtype) -> None:
                 )
             parent, _, leaf = name.rpartition(".")
             setattr(language_model.get_submodule(parent), leaf, layer)
+
+
+def dequantised(parameter: torch.Tensor) -> torch.Tensor:
+    """The numbers that an NF4 weight stands for, in its compute type; any other parameter as it is.
+
+    Raises:
+        RuntimeError: If the layer has answered on a CPU, where bitsandbytes shuffles the 4-bit codes
+            for speed at the first forward pass in eval mode.
+    """
+    if isinstance(parameter, bnb.nn.Params4bit):
+        if getattr(parameter.quant_state, "packing_format_for_cpu", False):
+            raise RuntimeError("read NF4 weights before the model answers on a CPU")
+        return bnb.functional.dequantize_4bit(parameter.data, parameter.quant_state)
+    return parameter.data
 
 
 def quantised(weight: torch.Tensor) -> bnb.nn.Params4bit:
