@@ -250,7 +250,7 @@ def main() -> None:
         "packed": [off, "packing=true"],
         "packed-flash": [off, "packing=true", "attention=flash"],
     }.items():
-        fine_tune("internvl2-2b-lora", model, records, scratch / name, arguments.steps, *more)
+        fine_tune("internvl2-2b-lora", model, records, scratch / name, arguments.steps // 2, *more)
     summary = {
         "device": torch.cuda.get_device_name(),
         "python": platform.python_version(),

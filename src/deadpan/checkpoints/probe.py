@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from deadpan.checkpoints.load import choose_device, choose_dtype, load
+from deadpan.checkpoints.load import choose_device, load
 from deadpan.checkpoints.source import Layout, detect
 from deadpan.data.records import Turn
 from deadpan.models.answer_loss import plain_model
@@ -87,18 +87,47 @@ def compare(reference: torch.Tensor, other: torch.Tensor) -> Difference:
     )
 
 
-def main(folder: Path, out: Path, device: str, dtype: str) -> None:
-    """Load a folder, run the probe, write the result."""
+@torch.no_grad()
+def jiggle(model: Any, dtype: torch.dtype) -> None:
+    """Move every linear weight of the language model as far as rounding to a type may move it.
+
+    A weight w lies between two numbers of the type that are ulp(w) apart, so rounding moves it by an
+    amount spread evenly over half of that to either side.
+    """
+    layers = plain_model(model).model.language_model.layers
+    for module in layers.modules():
+        if isinstance(module, nn.Linear):
+            weight = module.weight
+            generator = torch.Generator(weight.device).manual_seed(weight.numel())
+            noise = torch.rand(weight.shape, generator=generator, device=weight.device) - 0.5
+            exponent = torch.frexp(weight).exponent  # |w| = m * 2 ** exponent with 0.5 <= m < 1
+            weight += noise * torch.finfo(dtype).eps * torch.exp2(exponent.float() - 1)
+
+
+def main(folder: Path, out: Path, device: str, rounded_to: str) -> None:
+    """Load a folder in float32 and write the probe's result.
+
+    Args:
+        folder: The checkpoint folder.
+        out: The safetensors file to write.
+        device: Where to compute.
+        rounded_to: The type that the weights were rounded to on the way, or `nothing`; with a type
+            the result also has `jiggled_logits`, those of the model with its weights rounded anew.
+    """
     if detect(folder) is Layout.HF:
         chosen = choose_device(device)
         model = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=choose_dtype(dtype, chosen), trust_remote_code=False
+            folder, dtype=torch.float32, trust_remote_code=False
         ).to(chosen)
         processor = load_processor(folder)
     else:
-        loaded = load(folder, device=device, dtype=dtype)
+        loaded = load(folder, device=device, dtype="fp32")
         model, processor = loaded.model, loaded.processor
-    save_file(run(model, processor), out)
+    result = run(model, processor)
+    if rounded_to != "nothing":
+        jiggle(model, getattr(torch, rounded_to))
+        result["jiggled_logits"] = run(model, processor)["logits"]
+    save_file(result, out)
 
 
 if __name__ == "__main__":

@@ -70,12 +70,16 @@ def export(
         )
     typer.echo(f"wrote {out} ({layout})")
     typer.echo(
-        f"largest logit difference after reload in a fresh process: {report['max_logit_difference']:.3g} "
-        f"(limit {report['limit']:.3g}); same likeliest token at {report['same_argmax']:.1%} of positions"
+        "reloaded in a fresh process: logits within "
+        f"{report['max_logit_difference']:.3g} of the source (limit {report['limit']:.3g}; "
+        f"rounding to {report['dtype']} alone moves them by {report['rounding_alone']:.3g}), "
+        f"same likeliest token at {report['same_argmax']:.1%} of positions"
     )
-    if report.get("as_trained") is not None:
+    if report["as_trained"] is not None:
+        trained = report["as_trained"]
         typer.echo(
-            f"for information, against the {report['as_trained']['quantization']} base it was trained on: "
-            f"{report['as_trained']['max_logit_difference']:.3g}"
+            f"in training the base was {trained['quantization']}: from that model the export differs "
+            f"by {trained['max_logit_difference']:.3g}, same likeliest token at "
+            f"{trained['same_argmax']:.1%}; --merge-into trained would keep it"
         )
     typer.echo(f"hear it: deadpan tell {out} PICTURE")

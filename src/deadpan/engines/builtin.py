@@ -10,6 +10,7 @@ from transformers import TextIteratorStreamer
 from deadpan.checkpoints.load import Loaded
 from deadpan.engines.base import GenerationSettings, Joke, Request
 from deadpan.models.answer_loss import plain_model
+from deadpan.models.attention import kernels
 
 BATCH_SIZE = 8
 """Requests answered at once; a 7-tile picture takes about 0.3 GiB in bfloat16 with the 2B model."""
@@ -40,7 +41,7 @@ class BuiltinEngine:
     def _answer(self, requests: Sequence[Request], settings: GenerationSettings) -> list[Joke]:
         inputs = self._inputs(requests)
         width = inputs["input_ids"].shape[1]
-        with torch.inference_mode():
+        with torch.inference_mode(), kernels():
             output = self._model.generate(**inputs, **_arguments(settings))
         prompts = inputs["attention_mask"].sum(dim=1).tolist()
         return [
@@ -91,7 +92,7 @@ class BuiltinEngine:
 
         def work() -> None:
             try:
-                with torch.inference_mode(), self._randomness(settings.seed):
+                with torch.inference_mode(), kernels(), self._randomness(settings.seed):
                     self._model.generate(**inputs, streamer=streamer, **_arguments(settings))
             finally:
                 streamer.end()  # or the reader would wait for ever
@@ -110,7 +111,7 @@ class BuiltinEngine:
             inputs = dict(prompt)
             inputs["input_ids"] = torch.cat([prompt["input_ids"], choice], dim=1)
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-            with torch.inference_mode():
+            with torch.inference_mode(), kernels():
                 logits = self._model(**inputs, logits_to_keep=choice.shape[1] + 1).logits
             log_probabilities = logits[0, :-1].float().log_softmax(dim=-1)  # (token, vocabulary)
             scores.append(log_probabilities.gather(1, choice[0, :, None]).sum().item())

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import InternVLForConditionalGeneration
 
+from deadpan.models.attention import VARLEN
 from deadpan.processing.encoding import IGNORE_INDEX
 
 
@@ -47,7 +48,7 @@ class AnswerLoss(nn.Module):
         """
         plain = plain_model(self.model)
         packed: dict[str, Any] = {}
-        if plain.config._attn_implementation == "deadpan_flash" and len(input_ids) == 1:
+        if plain.config._attn_implementation == VARLEN and len(input_ids) == 1:
             starts = (position_ids[0] == 0).nonzero().flatten().to(torch.int32)
             ends = starts.new_tensor([input_ids.shape[1]])
             packed["cu_seq_lens_q"] = torch.cat([starts, ends])

@@ -211,27 +211,30 @@ def load_state(model: PeftModel, folder: Path) -> None:
     set_peft_model_state_dict(model, state)
 
 
-def merged(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The parameters of the plain model with the adapter added in, under the plain model's names.
+def base_parameters(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The parameters of the base model without the adapter, under the plain model's names.
 
-    The sum is made in float32 and rounded once to the base weight's type. Of an NF4 model these are
-    the numbers that its 4-bit weights stand for.
+    Of an NF4 model these are the numbers that its 4-bit weights stand for.
     """
-    plain = model.base_model.model
-    state: dict[str, torch.Tensor] = {}
-    for name, parameter in plain.named_parameters():
+    state = {}
+    for name, parameter in model.base_model.model.named_parameters():
         if ".lora_A." in name or ".lora_B." in name or ".modules_to_save." in name:
             continue
         plain_name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
         state[plain_name] = nf4.dequantised(parameter)
-    for name, module in plain.named_modules():
+    return state
+
+
+def merged(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The parameters that training changed, with the adapter added in, in float32."""
+    changed = {}
+    for name, module in model.base_model.model.named_modules():
         if isinstance(module, LoraLayer):
-            weight = state[f"{name}.weight"]
+            weight = nf4.dequantised(module.get_base_layer().weight)
             low, high = module.lora_A["default"].weight, module.lora_B["default"].weight
             delta = module.scaling["default"] * (high.float() @ low.float())
-            state[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
+            changed[f"{name}.weight"] = weight.float() + delta
         elif isinstance(module, ModulesToSaveWrapper):
             for leaf, parameter in module.modules_to_save["default"].named_parameters():
-                base = state[f"{name}.{leaf}"]
-                state[f"{name}.{leaf}"] = parameter.data.to(base.dtype)
-    return state
+                changed[f"{name}.{leaf}"] = parameter.data.float()
+    return changed

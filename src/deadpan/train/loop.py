@@ -33,6 +33,7 @@ from deadpan.environment import describe
 from deadpan.errors import DeadpanError
 from deadpan.models import lora
 from deadpan.models.answer_loss import AnswerLoss, plain_model
+from deadpan.models.attention import kernels
 from deadpan.models.build import checkpoint_layers
 from deadpan.processing.collate import Batch
 from deadpan.processing.processor import Processor
@@ -229,13 +230,15 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for _, batch in step:
             on_device = batch.to(self.device)
-            loss = self.loss(
-                on_device.input_ids,
-                on_device.labels,
-                on_device.position_ids,
-                on_device.pixel_values,
-            )
-            self.accelerator.backward(loss / supervised)
+            with kernels():
+                loss = self.loss(
+                    on_device.input_ids,
+                    on_device.labels,
+                    on_device.position_ids,
+                    on_device.pixel_values,
+                )
+                # Within, since checkpointed layers run again here.
+                self.accelerator.backward(loss / supervised)
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.recipe.optimizer.max_grad_norm)
         mean = (total / supervised).item()
