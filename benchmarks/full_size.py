@@ -172,13 +172,19 @@ def fine_tune(recipe: str, model: Path, records: Path, run: Path, steps: int, *m
         row["losses"] = [round(m["loss"], 3) for m in metrics]
 
 
-def write_export(run: Path, out: Path, layout: str) -> None:
-    with stage(f"export {run.name} to {layout}") as row:
+def write_export(run: Path, out: Path, layout: str, merge_into: str = "original") -> None:
+    with stage(f"export {run.name} to {layout}, merged into {merge_into}") as row:
         try:
-            report = export(run, out, layout)
+            report = export(run, out, layout, merge_into=merge_into)
             row |= {
                 k: report[k]
-                for k in ("max_logit_difference", "limit", "same_argmax", "kl_divergence")
+                for k in (
+                    "max_logit_difference",
+                    "limit",
+                    "rounding_alone",
+                    "same_argmax",
+                    "kl_divergence",
+                )
             }
             row["as_trained"] = report["as_trained"]
         except DeadpanError as error:
@@ -240,6 +246,7 @@ def main() -> None:
         fine_tune(f"internvl2-2b-{recipe}", model, records, run, arguments.steps)
         for layout in ("hf", "official"):
             write_export(run, scratch / f"{recipe}-{layout}", layout)
+    write_export(scratch / "qlora", scratch / "qlora-trained", "hf", "trained")
     hear(scratch / "lora-hf", pictures, "auto")
     hear(scratch / "lora-official", pictures, "auto")
     hear(scratch / "lora", pictures, "auto")

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from make_tiny_model import make_official
 from PIL import Image, ImageDraw
+
+from make_tiny_model import make_official
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 """Reference data made with the official code; it stands beside the checkout and is never part of it."""

@@ -75,7 +75,7 @@ def devices() -> dict[str, Any]:
     return {
         "cpu": {
             "name": torch.cpu.get_capabilities().get("cpu_name") or platform.machine(),
-            "cores": _usable_cores(),
+            "cores": usable_cores(),
             "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
         },
         "cuda": [
@@ -91,7 +91,8 @@ def devices() -> dict[str, Any]:
     }
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """The CPU cores that this process may use."""
     # In a container or under taskset, fewer than the machine has; not every system can tell.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

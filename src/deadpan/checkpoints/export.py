@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import InternVLForConditionalGeneration
 
 from deadpan.checkpoints import keys, probe
 from deadpan.checkpoints.files import WeightFiles, write_weights
-from deadpan.checkpoints.load import Loaded, Progress, choose_device, load
+from deadpan.checkpoints.load import DTYPES, Loaded, Progress, choose_device, load
 from deadpan.checkpoints.official_config import language_model_name, to_transformers
 from deadpan.checkpoints.processor_files import (
     hf_image_processor,
@@ -47,7 +48,6 @@ from deadpan.processing.template import IMAGE_TOKEN, PICTURE
 from deadpan.processing.tokenizer import read_json
 
 _STORED_TYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _ROUNDING = 3
 """How many times what rounding at random changes; stochastic rounding's spread is up to 1.7 times that
 of the even one that it is measured with."""
@@ -109,13 +109,20 @@ def export(
     stored = _stored_type(base_folder)
     if dtype == "stored":
         dtype = stored
-    elif dtype not in _DTYPES:
-        raise DeadpanError(f"The type {dtype!r} is unknown.", fix=did_you_mean(dtype, _DTYPES))
+    elif dtype not in DTYPES:
+        raise DeadpanError(f"The type {dtype!r} is unknown.", fix=did_you_mean(dtype, DTYPES))
+    quantization = _trained_on(folder)
+    if merge_into == "trained" and (quantization == "none" or layout == Layout.ADAPTER):
+        raise DeadpanError(
+            "There are no quantised weights to merge into.",
+            where=folder,
+            expected="an adapter trained on a quantised base, and the layout hf or official",
+            fix="leave out --merge-into",
+        )
     if merge_into not in ("original", "trained"):
         raise DeadpanError(
             f"There is no merging into {merge_into!r} weights.", expected="original or trained"
         )
-    quantization = _trained_on(folder)
     device = _roomy_device(device, base_folder, dtype)
     loaded = load(
         folder,
@@ -126,15 +133,14 @@ def export(
         progress=progress,
     )
     with _temporary_beside(out) as temporary:
-        # Written first: NF4 weights can be read back only until the model has answered on a CPU.
-        _write(loaded, temporary, Layout(layout), _DTYPES[dtype], official_files)
+        _write(loaded, temporary, Layout(layout), DTYPES[dtype], official_files)
         reference = probe.run(loaded.model, loaded.processor)
         del loaded
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         merged = base_folder != folder and layout != Layout.ADAPTER
-        rounded = merged or dtype != stored
-        reloaded = _in_fresh_process(temporary, device, _DTYPES[dtype] if rounded else None)
+        rounded = "all" if dtype != stored else "linear" if merged else "none"
+        reloaded = _in_fresh_process(temporary, device, rounded, DTYPES[dtype])
         report = _judge(reference, reloaded, limit)
         report |= {
             "source": str(folder),
@@ -176,19 +182,20 @@ def _stored_type(folder: Path) -> str:
 @contextmanager
 def _temporary_beside(out: Path) -> Iterator[Path]:
     """A folder on the same disk as `out`, removed unless it has been renamed."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    temporary.chmod(0o755)
+    temporary = None
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        temporary.chmod(0o755)
         yield temporary
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        free = f"{shutil.disk_usage(out.parent).free / 2**30:.2f} GiB free" if temporary else None
         raise DeadpanError(
-            f"The export could not be written: {error}.",
-            where=out,
-            found=f"{shutil.disk_usage(out.parent).free / 2**30:.2f} GiB free",
+            f"The export could not be written: {error}.", where=out, found=free
         ) from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write(
@@ -279,7 +286,8 @@ def _write_official(
     config = read_json(folder / "config.json")
     language_model = language_model_name(config, files / "config.json")
     # Fails here, with the file's name, if these files describe another architecture.
-    expected = to_transformers(config, model.config.image_token_id, True, files / "config.json")
+    has_head = "lm_head.weight" in state
+    expected = to_transformers(config, model.config.image_token_id, has_head, files / "config.json")
     if expected.text_config.to_diff_dict() != model.config.text_config.to_diff_dict():
         raise DeadpanError(
             "The official files describe another language model.",
@@ -311,20 +319,19 @@ def _roomy_device(device: str, base: Path, dtype: str) -> str:
     chosen = choose_device(device)
     if chosen.type == "cuda":
         stored = sum(path.stat().st_size for path in base.iterdir() if path.is_file())
-        needed = stored * 4 / _DTYPES[dtype].itemsize * 1.5
+        needed = stored * 4 / DTYPES[dtype].itemsize * 1.5
         if needed > torch.cuda.mem_get_info(chosen)[0]:
             return "cpu"
     return str(chosen)
 
 
 def _in_fresh_process(
-    folder: Path, device: str, rounded_to: torch.dtype | None
+    folder: Path, device: str, rounded: str, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "probe.safetensors"
         command = [sys.executable, "-m", "deadpan.checkpoints.probe"]
-        command += [str(folder), str(result), device]
-        command += [str(rounded_to).removeprefix("torch.") if rounded_to else "nothing"]
+        command += [str(folder), str(result), device, rounded, str(dtype).removeprefix("torch.")]
         done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
         if done.returncode != 0:
             raise DeadpanError(
@@ -359,8 +366,8 @@ def _judge(
             expected=f"logits within {limit:.3g}",
             found=f"a difference of {figures['max_logit_difference']:.3g}, "
             f"the same likeliest token at {figures['same_argmax']:.1%} of positions",
-            fix="export with --dtype fp32, or accept the difference with --limit; "
-            "if it is large, this is a bug in deadpan: please report it",
+            fix="accept the difference with --limit if you know its cause; otherwise this is a bug in "
+            "deadpan: please report it with the checkpoint's name",
         )
     return {"deadpan": installed("deadpan"), "limit": limit, "rounding_alone": rounding, **figures}
 

@@ -45,7 +45,13 @@ class WeightFiles:
             )
         self._handles: dict[Path, Any] = {}
         if found.name.endswith(".index.json"):
-            weight_map = read_json(found)["weight_map"]
+            weight_map = read_json(found).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise DeadpanError(
+                    "The index of the weights lacks its weight_map.",
+                    where=found,
+                    fix="download the checkpoint again",
+                )
             self._file_of = {key: folder / name for key, name in weight_map.items()}
         else:
             self._file_of = dict.fromkeys(self._open(found).keys(), found)
@@ -70,13 +76,14 @@ class WeightFiles:
                 handle: Any = safe_open(path, framework="pt")
             else:
                 handle = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (
-            SafetensorError,
-            pickle.UnpicklingError,
-            RuntimeError,
-            EOFError,
-            ValueError,
-        ) as error:
+        except pickle.UnpicklingError:
+            raise DeadpanError(
+                "The weight file is a pickle that holds code or other objects, and was not read.",
+                where=path,
+                expected="tensors only",
+                fix="use a checkpoint in safetensors",
+            ) from None
+        except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
             damaged.found = f"{damaged.found}; {str(error).splitlines()[0]}"
             raise damaged from None
         self._handles[path] = handle

@@ -17,7 +17,7 @@ from deadpan.checkpoints import keys
 from deadpan.checkpoints.files import WeightFiles
 from deadpan.checkpoints.official_config import language_model_name, to_transformers
 from deadpan.checkpoints.source import Layout, detect, resolve
-from deadpan.errors import DeadpanError
+from deadpan.errors import DeadpanError, did_you_mean
 from deadpan.models import lora
 from deadpan.models.build import build_empty, put_parameter
 from deadpan.processing.processor import Processor, load_processor
@@ -25,6 +25,9 @@ from deadpan.processing.template import IMAGE_TOKEN
 from deadpan.processing.tokenizer import read_json
 
 Progress = Callable[[int, int], None]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+QUANTIZATIONS = ("none", "nf4")
 
 _IGNORED = ("rotary_emb.inv_freq",)
 """Buffers that old checkpoints saved and that are computed from the configuration."""
@@ -71,11 +74,19 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a CUDA device that computes in it, float32 elsewhere."""
+    """`auto` is bfloat16 on a CUDA device that computes in it, float32 elsewhere.
+
+    Raises:
+        DeadpanError: If the type is unknown.
+    """
     if dtype == "auto":
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float32
-    return {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[dtype]
+    if dtype not in DTYPES:
+        raise DeadpanError(
+            f"The type {dtype!r} is unknown.", fix=did_you_mean(dtype, ["auto", *DTYPES])
+        )
+    return DTYPES[dtype]
 
 
 def load(
@@ -108,6 +119,11 @@ def load(
     Raises:
         DeadpanError: If anything is missing, surplus, misshapen or unknown.
     """
+    if quantization not in QUANTIZATIONS:
+        raise DeadpanError(
+            f"The quantization {quantization!r} is unknown.",
+            fix=did_you_mean(quantization, QUANTIZATIONS),
+        )
     folder = resolve(model)
     chosen = choose_device(device)
     weight_type = choose_dtype(dtype, chosen)
@@ -151,6 +167,12 @@ def load_base(
     files = WeightFiles(folder)
     config = read_config(folder, layout, processor, files)
     model = build_empty(config, attention)
+    if attention == "flash" and dtype is torch.float32:
+        raise DeadpanError(
+            "Flash attention computes in 16 bits only.",
+            found="float32",
+            fix="use dtype bf16, or attention sdpa",
+        )
     entries = entries_of(model, folder, layout)
     _check_names(files, entries)
     if quantization == "nf4":
@@ -177,7 +199,7 @@ def load_base(
             progress(done, len(entries))
     if config.tie_word_embeddings:
         model.tie_weights()
-    model.to(device)  # the buffers
+    model.to(device).eval()  # the buffers; layers put in later are born in training mode
     model.name_or_path = str(folder)
     model.generation_config = GenerationConfig(
         bos_token_id=processor.tokenizer.bos_token_id,

@@ -1,11 +1,12 @@
 """One fixed conversation, to tell whether two models are the same.
 
 Run as a module, it loads a folder in a fresh process and writes its logits; an export in the
-Hugging Face layout is then loaded by transformers itself rather than by deadpan, so that what is
-proved is what other tools will see.
+Hugging Face layout is then loaded by transformers itself rather than by deadpan, so that the
+weights proved are those that other tools will see.
 """
 
 import sys
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,9 @@ def run(model: Any, processor: Processor) -> dict[str, torch.Tensor]:
         input_ids (token,), pixel_values (tile, 3, tile_size, tile_size) and float32 logits (position, vocabulary).
     """
     # A few tiles say as much as a dozen, and are quicker on a CPU.
-    few = replace(processor.tile_policy, max_tiles=min(2, processor.tile_policy.max_tiles))
-    small = Processor(processor.tokenizer, processor.template, few, processor.max_length)
+    small = copy(processor)
+    policy = processor.tile_policy
+    small.tile_policy = replace(policy, max_tiles=min(2, policy.max_tiles))
     inputs = small([picture()], _TURNS)
     device = plain_model(model).lm_head.weight.device
     with torch.inference_mode():
@@ -88,47 +90,54 @@ def compare(reference: torch.Tensor, other: torch.Tensor) -> Difference:
 
 
 @torch.no_grad()
-def jiggle(model: Any, dtype: torch.dtype) -> None:
-    """Move every linear weight of the language model as far as rounding to a type may move it.
+def jiggle(model: Any, which: str, dtype: torch.dtype) -> None:
+    """Move weights as far as rounding to a type may move them.
 
     A weight w lies between two numbers of the type that are ulp(w) apart, so rounding moves it by an
     amount spread evenly over half of that to either side.
+
+    Args:
+        model: A plain model in float32.
+        which: `all` weights, or `linear`: those of the language model's linear layers.
+        dtype: The type rounded to.
     """
-    layers = plain_model(model).model.language_model.layers
-    for module in layers.modules():
-        if isinstance(module, nn.Linear):
-            weight = module.weight
-            generator = torch.Generator(weight.device).manual_seed(weight.numel())
-            noise = torch.rand(weight.shape, generator=generator, device=weight.device) - 0.5
-            exponent = torch.frexp(weight).exponent  # |w| = m * 2 ** exponent with 0.5 <= m < 1
-            weight += noise * torch.finfo(dtype).eps * torch.exp2(exponent.float() - 1)
+    if which == "all":
+        weights = list(model.parameters())
+    else:
+        layers = plain_model(model).model.language_model.layers
+        weights = [m.weight for m in layers.modules() if isinstance(m, nn.Linear)]
+    for number, weight in enumerate(weights):
+        generator = torch.Generator(weight.device).manual_seed(number)
+        noise = torch.rand(weight.shape, generator=generator, device=weight.device) - 0.5
+        exponent = torch.frexp(weight).exponent  # |w| = m * 2 ** exponent with 0.5 <= m < 1
+        weight += noise * torch.finfo(dtype).eps * torch.exp2(exponent.float() - 1)
 
 
-def main(folder: Path, out: Path, device: str, rounded_to: str) -> None:
+def main(folder: Path, out: Path, device: str, rounded: str, dtype: str) -> None:
     """Load a folder in float32 and write the probe's result.
 
     Args:
         folder: The checkpoint folder.
         out: The safetensors file to write.
         device: Where to compute.
-        rounded_to: The type that the weights were rounded to on the way, or `nothing`; with a type
-            the result also has `jiggled_logits`, those of the model with its weights rounded anew.
+        rounded: Which weights were rounded on the way: none, linear (the language model's) or all. If
+            any were, the result also has `jiggled_logits`, those of the model rounded anew.
+        dtype: What they were rounded to.
     """
     if detect(folder) is Layout.HF:
-        chosen = choose_device(device)
         model = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=torch.float32, trust_remote_code=False
-        ).to(chosen)
+        ).to(choose_device(device))
         processor = load_processor(folder)
     else:
         loaded = load(folder, device=device, dtype="fp32")
         model, processor = loaded.model, loaded.processor
     result = run(model, processor)
-    if rounded_to != "nothing":
-        jiggle(model, getattr(torch, rounded_to))
+    if rounded != "none":
+        jiggle(model, rounded, getattr(torch, dtype))
         result["jiggled_logits"] = run(model, processor)["logits"]
     save_file(result, out)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

@@ -51,8 +51,9 @@ def save_tokenizer(processor: Processor, folder: Path, picture: str) -> None:
         "start_image_token": IMAGE_START,
         "end_image_token": IMAGE_END,
         "context_image_token": IMAGE_TOKEN,
-        # transformers' processor insists on one; a token of its own would lie beyond the vocabulary.
-        "video_token": IMAGE_TOKEN,
+        # transformers' processor insists on one. A new token would lie beyond the vocabulary, and the
+        # image token would make it count every picture as a video too.
+        "video_token": "<video>" if "<video>" in tokenizer.get_added_vocab() else "</quad>",
     }
     write_json(path, config)
 

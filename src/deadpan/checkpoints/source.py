@@ -4,6 +4,7 @@ import os
 from enum import StrEnum
 from pathlib import Path
 
+from huggingface_hub import errors as hub_errors
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -15,6 +16,9 @@ from huggingface_hub.errors import (
 
 from deadpan.errors import DeadpanError
 from deadpan.processing.tokenizer import read_json
+
+_TRANSPORT_ERROR: type[Exception] = vars(hub_errors)["HTTPError"]
+"""The base error of the HTTP library that huggingface_hub was built on; which one differs by version."""
 
 NEEDED_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt", "*.py"]
 """What is fetched from the Hub. Python files are carried along into official exports and never run."""
@@ -47,8 +51,11 @@ def resolve(model: str | Path) -> Path:
                 "The run has no checkpoint yet.", where=folder, fix="train it further first"
             )
         return folder
+    # `runs/...` is where runs are by default: a typo there should not be looked up on the Hub.
     looks_local = (
-        folder.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1
+        folder.is_absolute()
+        or str(model).startswith((".", "~", "runs/"))
+        or str(model).count("/") != 1
     )
     if looks_local:
         raise DeadpanError(
@@ -81,9 +88,9 @@ def _download(repo: str) -> Path:
             where=endpoint,
             fix="check the spelling; for a private model run: hf auth login",
         ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, _TRANSPORT_ERROR, OSError) as error:
         # LocalEntryNotFoundError is also how huggingface_hub says HF_HUB_OFFLINE=1.
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DeadpanError(
             f"There is no folder {repo!r}, and the Hub cannot be reached.",
             where=endpoint,

@@ -80,7 +80,7 @@ def stats(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Count tokens as this model does: a folder, a Hub id, or nano. "
+            help="Count tokens as this model does: a folder or a Hub id. "
             "Its tile policy is used too."
         ),
     ] = None,

@@ -94,7 +94,7 @@ class Schedule(_Section):
         default=0.03,
         ge=0,
         lt=1,
-        description="Share of the steps in which the rate climbs linearly from zero.",
+        description="Share of the steps in which the rate climbs linearly to its peak.",
     )
 
 
@@ -102,10 +102,10 @@ class Recipe(_Section):
     """Everything that decides a training run."""
 
     model: str = Field(
-        min_length=1, description="The checkpoint to start from: a folder, a Hub id, or an alias."
+        min_length=1, description="The checkpoint to start from: a folder or a Hub id."
     )
     attention: Literal["auto", "eager", "sdpa", "flash"] = Field(
-        default="auto", description="The attention kernel; auto takes the fastest that works here."
+        default="auto", description="The attention kernel; auto: sdpa, which runs everywhere."
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         default="auto",
@@ -128,7 +128,7 @@ class Recipe(_Section):
     max_tiles: int | None = Field(
         default=None,
         ge=1,
-        description="The most tiles a picture is cut into, the thumbnail not counted; null: "
+        description="The most tiles that a sample's pictures are cut into, thumbnails not counted; null: "
         "what the checkpoint says.",
     )
     max_length: int = Field(

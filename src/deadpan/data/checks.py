@@ -32,7 +32,7 @@ class CheckReport:
 
     @property
     def errors(self) -> tuple[Problem, ...]:
-        """The problems that training refuses."""
+        """The problems that must be mended."""
         return tuple(problem for problem in self.problems if problem.severity == "error")
 
     @property

@@ -60,7 +60,7 @@ class Problem:
 
     Attributes:
         code: A short name for the kind of problem, such as "missing-picture".
-        severity: "error": training refuses the file. "warning": it may be what was meant.
+        severity: "error": it must be mended. "warning": it may be what was meant.
         where: The file and the record or records, as a person would say it.
         message: What is wrong, what was expected and what was found.
         records: The positions in the file (from 0) of the records concerned.
@@ -179,15 +179,20 @@ def load(path: Path, images: Path | None = None) -> list[Record]:
         shown = [f"{error.where}: {error.message}" for error in errors[:_SHOWN_ERRORS]]
         if len(errors) > _SHOWN_ERRORS:
             shown.append(f"and {len(errors) - _SHOWN_ERRORS:,} more")
-        option = "" if images is None else f" --images {shlex.quote(str(images))}"
         count = "1 error" if len(errors) == 1 else f"{len(errors):,} errors"
         raise DeadpanError(
             f"The records have {count}.",
             where=path,
             found="\n    ".join(shown),
-            fix=f"deadpan data check {shlex.quote(str(path))}{option}",
+            fix=check_command(path, images),
         )
     return records
+
+
+def check_command(path: Path, images: Path | None) -> str:
+    """The command that shows every problem of a file, as a user would type it."""
+    option = "" if images is None else f" --images {shlex.quote(str(images))}"
+    return f"deadpan data check {shlex.quote(str(path))}{option}"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ A model is built on the meta device and each parameter is put in place as it is 
 tensor, whatever the type on disk, and quantised layers never exist in full precision on the device.
 """
 
+from typing import Any
+
 import torch
 from accelerate import init_empty_weights
 from torch import nn
@@ -22,7 +24,24 @@ def build_empty(config: InternVLConfig, attention: str) -> InternVLForConditiona
     config._attn_implementation = implementation(attention)
     with init_empty_weights(include_buffers=False):
         model = InternVLForConditionalGeneration(config)
+    if model.model.language_model.rotary_emb.rope_type == "dynamic":
+        model.model.language_model.register_forward_pre_hook(_forget_long_prompts, with_kwargs=True)
     return model.eval()
+
+
+def _forget_long_prompts(
+    language_model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Begin each new prompt with the rotation of a fresh model.
+
+    Dynamic NTK scaling stretches the rotation for a prompt beyond max_position_embeddings, and
+    transformers keeps it stretched for the next prompt unless that is shorter than the limit.
+    """
+    cache = kwargs.get("past_key_values")
+    if cache is None or cache.get_seq_length() == 0:
+        rotary = language_model.rotary_emb
+        rotary.inv_freq = rotary.original_inv_freq
+        rotary.max_seq_len_cached = rotary.original_max_seq_len
 
 
 def put_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -5,7 +5,6 @@ projector between vision tower and language model is small and trained whole; PE
 (`modules_to_save`), so one adapter folder holds all that training changed, in PEFT's own format.
 """
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from transformers import InternVLForConditionalGeneration
 
 from deadpan.errors import DeadpanError, did_you_mean
 from deadpan.models import nf4
+from deadpan.processing.tokenizer import read_json
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _LAYERS = "model.language_model.layers."
@@ -122,7 +122,7 @@ def save(model: PeftModel, folder: Path) -> None:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The adapter's configuration."""
-    return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return read_json(folder / "adapter_config.json")
 
 
 def base_of(folder: Path) -> str:

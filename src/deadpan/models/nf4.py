@@ -39,20 +39,16 @@ def prepare(language_model: nn.Module, compute_dtype: torch.dtype) -> None:
                     compress_statistics=True,
                     quant_type="nf4",
                 )
+            # On some CPUs bitsandbytes would compute in bfloat16 whatever was asked for, and shuffle
+            # the stored codes on the way.
+            layer.support_avx512bf16_for_cpu = False
             parent, _, leaf = name.rpartition(".")
             setattr(language_model.get_submodule(parent), leaf, layer)
 
 
 def dequantised(parameter: torch.Tensor) -> torch.Tensor:
-    """The numbers that an NF4 weight stands for, in its compute type; any other parameter as it is.
-
-    Raises:
-        RuntimeError: If the layer has answered on a CPU, where bitsandbytes shuffles the 4-bit codes
-            for speed at the first forward pass in eval mode.
-    """
+    """The numbers that an NF4 weight stands for, in its compute type; any other parameter as it is."""
     if isinstance(parameter, bnb.nn.Params4bit):
-        if getattr(parameter.quant_state, "packing_format_for_cpu", False):
-            raise RuntimeError("read NF4 weights before the model answers on a CPU")
         return bnb.functional.dequantize_4bit(parameter.data, parameter.quant_state)
     return parameter.data
 

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from deadpan.data.records import CONTROL_TOKENS
 from deadpan.processing.template import IMAGE_END, IMAGE_START, IMAGE_TOKEN, PICTURE, Piece
 
 GROUNDING = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
@@ -41,7 +42,9 @@ class ConversationEncoder:
         control = [
             token["content"]
             for token in spec["added_tokens"]
-            if token["special"] and token["content"] not in GROUNDING
+            if token["content"] not in GROUNDING
+            # Not every tokenizer file marks its control tokens as special.
+            and (token["special"] or token["content"] in CONTROL_TOKENS)
         ]
         self._secret_names = {
             name: f"\U000f0000{secret}:{i}\U000f0000" for i, name in enumerate(control)

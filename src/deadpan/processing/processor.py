@@ -81,6 +81,12 @@ def place_pictures(turns: Sequence[Turn], pictures: int, where: str) -> list[Tur
     Raises:
         DeadpanError: If the number of `<image>` differs from the number of pictures.
     """
+    if not any(turn.role == "human" for turn in turns):
+        raise DeadpanError(
+            "The conversation has no question.",
+            where=where,
+            expected="at least one turn from human",
+        )
     marks = sum(turn.text.count(PICTURE) for turn in turns if turn.role == "human")
     turns = list(turns)
     if marks == 0 and pictures == 1:
@@ -188,12 +194,14 @@ class Processor:
         """
         input_ids, labels = self._encode(turns, tile_counts, name)
         if len(input_ids) > self.max_length:
-            image = sum(tile_counts) * self.tile_policy.tokens_per_tile
+            count = sum(tile_counts)
+            image = count * self.tile_policy.tokens_per_tile
             raise DeadpanError(
                 "The sample is too long.",
                 where=name,
                 expected=f"at most {self.max_length} tokens",
-                found=f"{len(input_ids)} tokens, {image} of them for {sum(tile_counts)} tiles",
+                found=f"{len(input_ids)} tokens, {image} of them for "
+                f"{count} tile" + ("" if count == 1 else "s"),
                 fix="lower max_tiles, raise max_length, shorten the text, or set data.overlong=skip",
             )
         return input_ids, labels

@@ -137,6 +137,10 @@ def convert(folder: Path) -> InternLM2Tokenizer:
         DeadpanError: If a file is missing or is not of InternLM2's kind.
     """
     model_file, config_file = folder / "tokenizer.model", folder / "tokenizer_config.json"
+    if not model_file.exists():
+        raise DeadpanError(
+            "The checkpoint lacks tokenizer.model.", where=folder, fix="download it again, whole"
+        )
     pieces = _read_pieces(model_file)
     config = json.loads(config_file.read_text(encoding="utf-8"))
     specials = {

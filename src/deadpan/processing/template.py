@@ -199,7 +199,8 @@ def recognise(jinja: str, bos: str, where: str) -> Template:
         written = environment.from_string(jinja).render(
             messages=messages, bos_token=bos, add_generation_prompt=True
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        # What an expression within the template may raise, beside Jinja's own.
         raise DeadpanError(f"The chat template cannot be rendered: {error}.", where=where) from None
     for template in TEMPLATES.values():
         for candidate in (template, replace(template, system=None)):

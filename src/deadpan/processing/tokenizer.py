@@ -15,16 +15,25 @@ def read_json(path: Path) -> Any:
     """Read one of a checkpoint's JSON files.
 
     Raises:
-        DeadpanError: If it is missing or not JSON.
+        DeadpanError: If it is missing, not JSON, or not an object.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DeadpanError(
             f"The checkpoint lacks {path.name}.", where=path.parent, fix="download it again, whole"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DeadpanError(f"The file is not valid JSON: {error}.", where=path) from None
+    if not isinstance(content, dict):
+        raise DeadpanError(
+            "The file holds something else than a checkpoint's settings.",
+            where=path,
+            expected="a JSON object",
+            found=f"a {type(content).__name__}",
+            fix="download it again",
+        )
+    return content
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -39,8 +48,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     config_file = folder / "tokenizer_config.json"
     config = read_json(config_file)
     internlm2 = str(config.get("tokenizer_class", "")).startswith("InternLM2Tokenizer")
-    if internlm2 and not (folder / "tokenizer.json").exists():
-        tokenizer: PreTrainedTokenizerFast = convert(folder)
+    if (folder / "tokenizer.json").exists():
+        # Whole as it is; AutoTokenizer would look at config.json and warn that it knows no such model.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    elif internlm2:
+        tokenizer = convert(folder)
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -1,6 +1,6 @@
 """Prepare micro-batches off the training process's path."""
 
-import os
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -8,6 +8,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from deadpan.data.records import Record
+from deadpan.environment import usable_cores
+from deadpan.errors import DeadpanError
 from deadpan.processing.collate import Batch, collate
 from deadpan.processing.processor import Processor
 from deadpan.train.plan import MicroBatch, Plan
@@ -15,14 +17,20 @@ from deadpan.train.plan import MicroBatch, Plan
 _MOST_WORKERS = 8
 
 
-class _MicroBatches(Dataset[tuple[MicroBatch, Batch]]):
-    """Makes the tensors of a micro-batch; its index is the micro-batch itself."""
+class _MicroBatches(Dataset[tuple[MicroBatch, Batch | DeadpanError]]):
+    """Makes the tensors of a micro-batch; its index is the micro-batch itself.
+
+    An error is returned rather than raised: PyTorch would carry it out of a worker as a traceback.
+    """
 
     def __init__(self, records: Sequence[Record], processor: Processor, packing: bool) -> None:
         self._records, self._processor, self._packing = records, processor, packing
 
-    def __getitem__(self, micro_batch: MicroBatch) -> tuple[MicroBatch, Batch]:
-        samples = [self._processor.record(self._records[i]) for i in micro_batch.indices]
+    def __getitem__(self, micro_batch: MicroBatch) -> tuple[MicroBatch, Batch | DeadpanError]:
+        try:
+            samples = [self._processor.record(self._records[i]) for i in micro_batch.indices]
+        except DeadpanError as error:
+            return micro_batch, error
         return micro_batch, collate(samples, self._processor.pad_id, self._packing)
 
 
@@ -40,7 +48,7 @@ def worker_count(workers: int | Literal["auto"], device: torch.device) -> int:
         return workers
     if device.type == "cpu":
         return 0
-    return max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) - 1))
+    return max(1, min(_MOST_WORKERS, usable_cores() - 1))
 
 
 def batches(
@@ -51,18 +59,22 @@ def batches(
     packing: bool,
     workers: int,
 ) -> DataLoader:
-    """A loader of (MicroBatch, Batch) for all steps after the finished ones."""
+    """A loader of (MicroBatch, Batch or DeadpanError) for all steps after the finished ones."""
     return DataLoader(
         _MicroBatches(records, processor, packing),
         batch_size=None,
         sampler=_Order(plan, done),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_begin_worker,
         # Batches are decided by the plan alone; without this, each loader would draw from the run's random numbers.
         generator=torch.Generator(),
     )
 
 
-def _one_thread(_: int) -> None:
+def _begin_worker(_: int) -> None:
     torch.set_num_threads(1)
+    # A signal to the whole process group asks the training process to save and stop; it needs its
+    # workers until then, and ends them itself.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

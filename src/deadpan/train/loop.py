@@ -8,6 +8,7 @@ a short last step weighs each token like any other.
 
 import json
 import math
+import resource
 import signal
 import threading
 import time
@@ -17,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from deadpan.checkpoints.load import choose_device, choose_dtype, load
 from deadpan.checkpoints.source import Layout, detect, resolve
-from deadpan.config.loader import dump_recipe, load_recipe
+from deadpan.config.loader import dump_recipe, inline_yaml, load_recipe
 from deadpan.config.schema import Recipe
 from deadpan.data.records import load as load_records
 from deadpan.environment import describe
@@ -45,7 +45,8 @@ from deadpan.train.survey import Survey, survey
 from deadpan.train.watcher import Watcher
 
 _MAY_CHANGE = {
-    "attention", "device", "log_every_steps", "save_every_steps", "keep_checkpoints", "run",
+    "attention", "data.workers", "device", "keep_checkpoints", "log_every_steps", "run",
+    "save_every_steps",
 }  # fmt: skip
 """Recipe keys that a resumed run may have otherwise than before."""
 
@@ -91,7 +92,10 @@ class Trainer:
         records = load_records(recipe.data.train, recipe.data.images)
         self.model, self.processor = self._load_model()
         self.survey: Survey = survey(
-            records, self.processor, recipe.data.overlong, watcher.surveying
+            records,
+            self.processor,
+            recipe.data.overlong,
+            watcher.surveying,
         )
         self.plan = Plan(
             len(self.survey.records),
@@ -134,10 +138,7 @@ class Trainer:
 
     def _prepare(self) -> None:
         recipe = self.recipe
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if self.dtype is torch.bfloat16 else "no",
-            cpu=self.device.type == "cpu",
-        )
+        self.accelerator = Accelerator(cpu=self.device.type == "cpu")
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         settings = recipe.optimizer
         self.optimizer = torch.optim.AdamW(
@@ -149,23 +150,26 @@ class Trainer:
             fused=self.device.type == "cuda",
         )
         self.scheduler = schedule(self.optimizer, recipe.schedule, self.plan.steps)
-        self.position = state.Position()
+        self.position = state.Position(records=state.digest(self.survey.records))
         if self._checkpoint is not None:
-            self.position = state.restore(
-                self._checkpoint, self.model, self.optimizer, self.scheduler
-            )
+            before = state.restore(self._checkpoint, self.model, self.optimizer, self.scheduler)
+            if before.records != self.position.records:
+                raise DeadpanError(
+                    "The records are not those that the run was started with.",
+                    where=recipe.data.train,
+                    expected=f"SHA-256 {before.records[:16]}... of texts and picture names",
+                    found=f"{self.position.records[:16]}...",
+                    fix="put the old file back, or start a new run with run=runs/NAME",
+                )
+            self.position = before
         # Prepared without its optimizer: gradients are scaled and accumulated here, not by accelerate.
         self.loss = self.accelerator.prepare_model(AnswerLoss(self.model))
         self.trainable = trainable
 
     def train(self) -> Result:
         """Run to the end, or until SIGINT or SIGTERM asks to stop; either way the last step is saved."""
-        recipe, run = self.recipe, self.run
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-        environment = json.dumps(describe(), ensure_ascii=False, indent=2)
-        (run / "environment.json").write_text(environment + "\n", encoding="utf-8")
-        _keep_until(run / "metrics.jsonl", self.position.step)
+        recipe = self.recipe
+        last = self._open_log()
         loader = batches(
             self.survey.records,
             self.processor,
@@ -174,10 +178,10 @@ class Trainer:
             recipe.packing,
             worker_count(recipe.data.workers, self.device),
         )
-        metrics: dict[str, Any] = {"loss": math.nan}
+        metrics = last or {"loss": math.nan}
         saved = self._checkpoint
         self.watcher.starting(self.plan, self.position.step, self.survey)
-        with (run / "metrics.jsonl").open("a", encoding="utf-8") as log, _stop_signal() as stop:
+        with self._log.open("a", encoding="utf-8") as log, _stop_signal() as stop:
             for metrics in self._steps(loader):
                 step = metrics["step"]
                 finished = step == self.plan.steps
@@ -193,17 +197,42 @@ class Trainer:
         if saved is None:
             saved = self._save()
         return Result(
-            run, saved, self.position.step, metrics["loss"], self.position.step < self.plan.steps
+            self.run,
+            saved,
+            self.position.step,
+            metrics["loss"],
+            self.position.step < self.plan.steps,
         )
+
+    def _open_log(self) -> dict[str, Any] | None:
+        """Write what the run folder says of the run; returns the last metrics before the first step.
+
+        What was logged after the checkpoint resumed from is dropped: those steps are done again.
+        """
+        self._log = self.run / "metrics.jsonl"
+        try:
+            self.run.mkdir(parents=True, exist_ok=True)
+            state.write_whole(self.run / "recipe.yaml", dump_recipe(self.recipe))
+            environment = json.dumps(describe(), ensure_ascii=False, indent=2)
+            state.write_whole(self.run / "environment.json", environment + "\n")
+            kept = _metrics_until(self._log, self.position.step)
+            state.write_whole(self._log, "".join(json.dumps(line) + "\n" for line in kept))
+        except OSError as error:
+            raise DeadpanError(
+                f"The run folder cannot be written: {error}.", where=self.run
+            ) from None
+        return kept[-1] if kept else None
 
     def _steps(self, loader: DataLoader) -> Iterator[dict[str, Any]]:
         """Do the steps, yielding each one's metrics."""
         began = time.perf_counter()
         waited = 0.0
         step: list[tuple[MicroBatch, Batch]] = []
-        for item in loader:
-            step.append(item)
-            if not item[0].last:
+        for micro_batch, batch in loader:
+            if isinstance(batch, DeadpanError):
+                raise batch
+            step.append((micro_batch, batch))
+            if not micro_batch.last:
                 continue
             waited = time.perf_counter() - began
             metrics = self._step(step)
@@ -215,6 +244,7 @@ class Trainer:
                 step[0][0].step,
                 self.position.samples + samples,
                 self.position.seconds + seconds,
+                self.position.records,
             )
             yield {
                 **metrics,
@@ -230,7 +260,10 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for _, batch in step:
             on_device = batch.to(self.device)
-            with kernels():
+            autocast = torch.autocast(
+                self.device.type, self.dtype, enabled=self.dtype is torch.bfloat16
+            )
+            with kernels(), autocast:
                 loss = self.loss(
                     on_device.input_ids,
                     on_device.labels,
@@ -247,8 +280,8 @@ class Trainer:
                 f"The loss or its gradient is no longer finite at step {step[0][0].step}.",
                 where="; ".join(name for _, batch in step for name in batch.names),
                 found=f"loss {mean}, gradient norm {norm.item()}",
-                fix="look at these records, lower optimizer.lr, or set precision=fp32; "
-                "the last checkpoint is intact",
+                fix="look at these records, lower optimizer.lr, or set precision=fp32"
+                + ("; the last checkpoint is intact" if state.checkpoints(self.run) else ""),
             )
         lr = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
@@ -266,7 +299,7 @@ class Trainer:
         """Peak memory in GiB: of the GPU, or of this process on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
-        return psutil.Process().memory_info().rss / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     def _save(self) -> Path:
         return state.save(
@@ -301,25 +334,41 @@ def _open_run(run: Path, recipe: Recipe, resume: bool) -> Path | None:
         raise DeadpanError(
             "There is no checkpoint to resume from.", where=run, fix="leave out --resume to start"
         )
-    before = load_recipe(run / "recipe.yaml").model_dump(mode="json")
-    now = recipe.model_dump(mode="json")
+    state.verify(existing[-1])
+    before, now = _leaves(load_recipe(run / "recipe.yaml")), _leaves(recipe)
     changed = [key for key in now if key not in _MAY_CHANGE and now[key] != before[key]]
     if changed:
         raise DeadpanError(
             "The recipe is not the one that the run was started with.",
             where=run / "recipe.yaml",
-            expected="; ".join(f"{key}: {before[key]}" for key in changed),
-            found="; ".join(f"{key}: {now[key]}" for key in changed),
+            expected="; ".join(f"{key}: {inline_yaml(before[key])}" for key in changed),
+            found="; ".join(f"{key}: {inline_yaml(now[key])}" for key in changed),
             fix=f"resume with deadpan train {run / 'recipe.yaml'} --resume, or start a new run",
         )
     return existing[-1]
 
 
-def _keep_until(log: Path, step: int) -> None:
-    """Drop what a run logged after the checkpoint it resumes from; those steps are done again."""
+def _leaves(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's values by their dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in recipe.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            leaves |= {f"{key}.{inner}": leaf for inner, leaf in value.items()}
+        else:
+            leaves[key] = value
+    return leaves
+
+
+def _metrics_until(log: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of a log up to a step; a half-written last line, left by a crash, is passed over."""
+    lines: list[dict[str, Any]] = []
     if log.exists():
-        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
-        log.write_text("".join(line + "\n" for line in kept))
+        for text in log.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+    return [line for line in lines if line["step"] <= step]
 
 
 @contextmanager

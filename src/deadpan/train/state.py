@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,17 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from deadpan.checkpoints.processor_files import save_processor
+from deadpan.data.records import Record
 from deadpan.errors import DeadpanError
 from deadpan.models import lora
-from deadpan.processing.processor import Processor
+from deadpan.processing.processor import POLICY_FILE, Processor
 
 MANIFEST = "manifest.json"
 _STATE_TENSORS, _STATE = "state.pt", "state.json"
+_NEEDED = {"adapter_config.json", lora.ADAPTER_FILE, POLICY_FILE, _STATE_TENSORS, _STATE}
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -39,11 +43,21 @@ class Position:
         step: Optimizer steps done.
         samples: Samples seen.
         seconds: Time spent in steps.
+        records: A digest of the training records, so that a resumed run meets the same ones.
     """
 
     step: int = 0
     samples: int = 0
     seconds: float = 0.0
+    records: str = ""
+
+
+def digest(records: Sequence[Record]) -> str:
+    """SHA-256 over what the records say and which pictures they name."""
+    told = hashlib.sha256()
+    for record in records:
+        told.update(repr((record.images, record.turns)).encode(errors="surrogatepass"))
+    return told.hexdigest()
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -91,9 +105,15 @@ def save(
         temporary.rename(final)
         _sync(final.parent)
         point(run / "latest", final)
-    except (OSError, RuntimeError) as error:
-        # PyTorch's zip writer reports a full disk as RuntimeError.
+    except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        # A full disk is an OSError, in PyTorch's zip writer a RuntimeError, in safetensors its own
+        # error, and in tokenizers an Exception without a class. Anything else is a bug: raise it.
+        if (
+            not isinstance(error, OSError | RuntimeError | SafetensorError)
+            and type(error) is not Exception
+        ):
+            raise
         before = checkpoints(run)
         raise DeadpanError(
             f"The checkpoint of step {position.step} could not be written: {error}",
@@ -103,7 +123,8 @@ def save(
             + (f"{before[-1].name} is intact" if before else "there is no earlier checkpoint"),
         ) from None
     for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+        # Renamed first: a crash amid the removal must not leave half a checkpoint under a good name.
+        shutil.rmtree(old.rename(old.with_name(f".{old.name}.tmp")))
     return final
 
 
@@ -136,6 +157,14 @@ def _write_manifest(folder: Path) -> None:
     _sync(folder)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that it is either as before or complete."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
+    temporary.replace(path)
+
+
 def point(link: Path, target: Path) -> None:
     """Make a relative symbolic link, replacing an old one in one step."""
     temporary = link.with_name(f".{link.name}.tmp")
@@ -158,10 +187,16 @@ def verify(checkpoint: Path) -> None:
     )
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
+        manifest = None
+    sound = isinstance(manifest, dict) and all(
+        isinstance(entry, dict) and entry.keys() == {"bytes", "sha256"}
+        for entry in manifest.values()
+    )
+    if not (sound and manifest.keys() >= _NEEDED):
         raise DeadpanError(
-            "The checkpoint has no readable manifest.", where=checkpoint, fix=fix
-        ) from None
+            "The checkpoint's manifest is damaged.", where=checkpoint / MANIFEST, fix=fix
+        )
     for name, recorded in manifest.items():
         path = checkpoint / name
         found = _digest(path) if path.is_file() else None
@@ -169,12 +204,14 @@ def verify(checkpoint: Path) -> None:
             raise DeadpanError(
                 "The checkpoint is damaged.",
                 where=path,
-                expected=f"{recorded['bytes']:,} bytes, SHA-256 {recorded['sha256'][:16]}...",
-                found="no such file"
-                if found is None
-                else f"{found['bytes']:,} bytes, SHA-256 {found['sha256'][:16]}...",
+                expected=_in_words(recorded),
+                found="no such file" if found is None else _in_words(found),
                 fix=fix,
             )
+
+
+def _in_words(entry: dict[str, Any]) -> str:
+    return f"{entry['bytes']} bytes, SHA-256 {str(entry['sha256'])[:16]}..."
 
 
 def restore(
@@ -183,12 +220,7 @@ def restore(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
 ) -> Position:
-    """Put a run back to where a checkpoint left it, random numbers included.
-
-    Raises:
-        DeadpanError: If the checkpoint is damaged.
-    """
-    verify(checkpoint)
+    """Put a run back to where a verified checkpoint left it, random numbers included."""
     lora.load_state(model, checkpoint)
     tensors = torch.load(checkpoint / _STATE_TENSORS, map_location="cpu", weights_only=True)
     optimizer.load_state_dict(tensors["optimizer"])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deadpan.data.pictures import open_picture
-from deadpan.data.records import Record
+from deadpan.data.records import Record, check_command
 from deadpan.errors import DeadpanError
 from deadpan.processing.processor import Processor
 
@@ -75,19 +75,26 @@ def survey(
             found=_first(
                 [f"{record.name}: {error.what} ({error.where})" for record, error in broken]
             ),
-            fix=f"run: deadpan data check {records[0].file}",
+            fix=f"run: {_check_command(records[0])}",
         )
     if skipped and (overlong == "error" or not kept):
         raise DeadpanError(
             f"{len(skipped)} of {len(records)} records are too long; none was cut off.",
             expected=f"at most {processor.max_length} tokens (max_length)",
             found=_first([f"{record.name}: {length} tokens" for record, length in skipped]),
-            fix="lower max_tiles, raise max_length, or leave them out with data.overlong=skip",
+            fix="lower max_tiles or raise max_length"
+            + ("" if overlong == "skip" else ", or leave them out with data.overlong=skip"),
         )
     return Survey(
         [record for record, _ in kept],
         [length for _, length in kept],
         [record for record, _ in skipped],
+    )
+
+
+def _check_command(record: Record) -> str:
+    return check_command(
+        record.file, None if record.folder == record.file.parent else record.folder
     )
 
 

@@ -1,0 +1,230 @@
+"""The whole story by the command line, each step in a process of its own, as a user has it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import yaml
+
+from deadpan.cli.main import run
+
+DEADPAN = Path(sys.executable).with_name("deadpan")
+ENVIRONMENT = {
+    **os.environ,
+    "HF_HUB_OFFLINE": "1",
+    "COLUMNS": "200",
+    # Commands run side by side; each with threads for all cores, they would be in each other's way.
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: object
+    out: str
+    error: str
+
+
+def deadpan(folder: Path, *commands: Sequence[object]) -> list[Outcome]:
+    """Run commands that do not need one another, two at a time; importing PyTorch takes each of them seconds."""
+    outcomes = []
+    for start in range(0, len(commands), 2):
+        processes = [
+            subprocess.Popen(
+                [str(DEADPAN), *map(str, command)],
+                cwd=folder,
+                env=ENVIRONMENT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                encoding="utf-8",
+            )
+            for command in commands[start : start + 2]
+        ]
+        for process in processes:
+            out, error = process.communicate(timeout=120)
+            outcomes.append(Outcome(process.returncode, out, error))
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def desk(tiny: Path, records: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the user works in."""
+    folder = tmp_path_factory.mktemp("desk")
+    recipe = {
+        "model": str(tiny),
+        "device": "cpu",
+        "lora": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0},
+        "max_tiles": 4,
+        "data": {"train": str(records), "workers": 0},
+        "optimizer": {"lr": 5e-3},
+        "epochs": 40,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "save_every_steps": 25,
+        "keep_checkpoints": 1,
+        "run": "runs/first",
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def training(desk: Path) -> Outcome:
+    (outcome,) = deadpan(desk, ["train", "recipe.yaml"])
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def exports(desk: Path, training: Outcome) -> dict[str, Outcome]:
+    layouts = ("hf", "official", "adapter")
+    commands = [["export", "runs/first", f"out/{name}", "--layout", name] for name in layouts]
+    return dict(zip(layouts, deadpan(desk, *commands), strict=True))
+
+
+@pytest.fixture(scope="module")
+def jokes(records: Path) -> list[str]:
+    """What the model was taught to say about each picture."""
+    return [sample["conversations"][1]["value"] for sample in json.loads(records.read_text())]
+
+
+def test_the_data_are_looked_at_before_a_model_is(
+    desk: Path, tiny: Path, records: Path, pictures: list[Path]
+) -> None:
+    check, preview, stats = deadpan(
+        desk,
+        ["data", "check", records],
+        ["data", "preview", records, "--out", "preview.html"],
+        ["data", "stats", records, "--model", tiny, "--max-tiles", 4, "--json"],
+    )
+    assert (check.code, check.out) == (0, "4 records, 4 pictures: 0 errors, 0 warnings\n")
+    assert preview.code == stats.code == 0
+    page = (desk / "preview.html").read_text(encoding="utf-8")
+    assert "上班第一天，我就想退休。" in page
+    assert page.count("data:image/") == len(pictures)
+    figures = json.loads(stats.out)
+    assert figures["records"] == 4
+    # The shortest answer has four characters; the template, the picture and the question come to it.
+    assert figures["sample_tokens"]["minimum"] > 20
+
+
+def test_recipes_are_listed_shown_and_copied(desk: Path) -> None:
+    listed, shown, copied = deadpan(
+        desk,
+        ["recipe", "list"],
+        ["recipe", "show", "internvl2-2b-lora", "optimizer.lr=1e-4"],
+        ["recipe", "copy", "internvl2-2b-qlora", "mine"],
+    )
+    assert (listed.code, shown.code, copied.code) == (0, 0, 0)
+    assert "internvl2-2b-qlora" in listed.out
+    assert yaml.safe_load(shown.out)["lora"]["r"] == 128
+    assert "lr: 0.0001\n" in shown.out
+    copy = desk / "mine" / "internvl2-2b-qlora.yaml"
+    assert yaml.safe_load(copy.read_text())["quantization"] == "nf4"
+    assert str(copy.relative_to(desk)) in copied.out
+
+
+def test_training_writes_a_run(desk: Path, training: Outcome) -> None:
+    assert training.code == 0, training.error
+    folder = desk / "runs" / "first"
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == list(range(1, 41))
+    assert metrics[-1]["loss"] < 0.1 * metrics[0]["loss"]
+    assert f"done: 40 steps, last loss {metrics[-1]['loss']:.4f}" in training.out
+    assert "hear it: deadpan tell runs/first PICTURE" in training.out
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000040"]
+    resolved = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert (resolved["lora"]["r"], resolved["max_tiles"]) == (8, 4)
+    assert (resolved["gradient_accumulation_steps"], resolved["schedule"]["name"]) == (2, "cosine")
+
+
+def test_every_export_reports_how_near_it_is(desk: Path, exports: dict[str, Outcome]) -> None:
+    for layout, outcome in exports.items():
+        assert outcome.code == 0, outcome.error
+        report = json.loads((desk / "out" / layout / "export.json").read_text())
+        assert report["layout"] == layout
+        assert report["source"].endswith("runs/first/checkpoints/step-000040")
+        assert report["max_logit_difference"] <= report["limit"]
+        assert outcome.out.startswith(f"wrote out/{layout} ({layout})\n")
+        assert f"{report['max_logit_difference']:.3g} of the source" in outcome.out
+        assert f"limit {report['limit']:.3g}" in outcome.out
+        assert f"hear it: deadpan tell out/{layout} PICTURE\n" in outcome.out
+
+
+def test_the_run_and_every_export_say_the_jokes_that_were_taught(
+    desk: Path, exports: dict[str, Outcome], pictures: list[Path], jokes: list[str]
+) -> None:
+    prompt = ["--prompt", "请你根据这张图片，讲一个脑洞大开的梗。"]
+    heard = deadpan(
+        desk,
+        ["tell", "runs/first", *pictures, *prompt],
+        ["tell", "runs/first", *pictures, *prompt, "--json"],
+        *[["tell", f"out/{layout}", *pictures, *prompt, "--json"] for layout in exports],
+    )
+    assert [outcome.code for outcome in heard] == [0] * 5, heard[0].error
+    expected = [f"{picture}: {joke}" for picture, joke in zip(pictures, jokes, strict=True)]
+    assert heard[0].out.splitlines() == expected
+    lines: list[list[dict[str, Any]]] = [
+        [json.loads(line) for line in outcome.out.splitlines()] for outcome in heard[1:]
+    ]
+    assert [line["text"] for line in lines[0]] == jokes
+    assert [line["picture"] for line in lines[0]] == list(map(str, pictures))
+    assert {line["finish_reason"] for line in lines[0]} == {"stop"}
+    # Token counts and all: the prompts are the same too.
+    assert [export == lines[0] for export in lines[1:]] == [True] * 3
+
+
+def test_a_users_mistake_is_a_message_that_names_the_file(
+    desk: Path,
+    training: Outcome,
+    records: Path,
+    pictures: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    broken = desk / "broken.png"
+    broken.write_bytes(pictures[0].read_bytes()[:150])
+    samples = json.loads(records.read_text())
+    for sample, picture in zip(samples, [broken, *pictures[1:]], strict=True):
+        sample["image"] = str(picture)
+    (desk / "broken.json").write_text(json.dumps(samples))
+    (desk / "typo.yaml").write_text("model: m\ndata: {train: x.json}\nlora: {rank: 8}\n")
+    light: dict[tuple[str, ...], list[str]] = {
+        ("train", "missing.yaml"): ["There is no such recipe", "missing.yaml"],
+        ("train", "typo.yaml"): ["'lora.rank' is unknown", "typo.yaml"],
+    }
+    heavy: dict[tuple[str, ...], list[str]] = {
+        ("train", "recipe.yaml"): ["holds a run already", "where: runs/first", "--resume"],
+        ("train", "recipe.yaml", "data.train=broken.json", "run=runs/second"): [
+            "1 of 4 records cannot be trained on",
+            "broken.json record 0",
+            str(broken),
+        ],
+        ("train", "recipe.yaml", "model=out/nothing", "run=runs/second"): ["'out/nothing'"],
+        ("tell", "./nothing", str(pictures[0])): ["There is no model './nothing'"],
+        ("tell", "runs/first", str(broken)): [f"where: {broken}"],
+        ("export", "runs/first", "runs"): ["exists already", "where: runs"],
+    }
+    before = {path: path.stat().st_mtime_ns for path in desk.rglob("*")}
+    outcomes = dict(zip(light, deadpan(desk, *light), strict=True))
+    monkeypatch.chdir(desk)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for command in heavy:
+        # By the script's own entry point, but in this process, which has PyTorch already.
+        monkeypatch.setattr(sys, "argv", ["deadpan", *command])
+        with pytest.raises(SystemExit) as exit:
+            run()
+        outcomes[command] = Outcome(exit.value.code, *capsys.readouterr())
+    for command, texts in {**light, **heavy}.items():
+        outcome = outcomes[command]
+        assert (outcome.code, outcome.out) == (1, ""), command
+        assert "Traceback" not in outcome.error
+        assert "error: " in outcome.error
+        assert [text for text in texts if text not in outcome.error] == []
+    assert {path: path.stat().st_mtime_ns for path in desk.rglob("*")} == before

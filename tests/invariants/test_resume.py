@@ -1,0 +1,205 @@
+"""A run that was stopped and resumed is, bit for bit, the run that never was.
+
+Dropout is on, so the random numbers count. A step takes three samples of four records, so every other
+step is a short one that ends an epoch.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deadpan.config.loader import dump_recipe
+from deadpan.config.schema import Recipe
+from deadpan.errors import DeadpanError
+from deadpan.train import state
+from deadpan.train.watcher import Watcher
+from training import MakeRecipe, SignalAfter, course, identical, recipes, result_of, train
+
+LAST = 6
+SETTINGS: dict[str, Any] = {
+    "lora": {"lora_dropout": 0.05},
+    "micro_batch_size": 1,
+    "gradient_accumulation_steps": 3,
+    "epochs": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def make(tiny: Path, records: Path) -> MakeRecipe:
+    return recipes(tiny, records)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(make: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing happened to. Read only."""
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    result = train(make(run, **SETTINGS))
+    assert (result.steps, result.interrupted) == (LAST, False)
+    return run
+
+
+@pytest.fixture
+def recipe(make: MakeRecipe, tmp_path: Path) -> Recipe:
+    return make(tmp_path / "run", **SETTINGS)
+
+
+def assert_same(run: Path, other: Path) -> None:
+    """Not within a tolerance: the same numbers."""
+    assert course(run) == course(other)
+    assert identical(result_of(run / "latest"), result_of(other / "latest"))
+    positions = [json.loads((path / "latest/state.json").read_text()) for path in (run, other)]
+    assert positions[0]["samples"] == positions[1]["samples"]
+
+
+class Crash(Watcher):
+    """Ends the run without a chance to save."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def stepped(self, metrics: dict[str, Any]) -> None:
+        if metrics["step"] == self._step:
+            raise MemoryError
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5])
+def test_interrupted_and_resumed_is_uninterrupted(
+    uninterrupted: Path, recipe: Recipe, step: int
+) -> None:
+    assert train(recipe, watcher=SignalAfter(step)).steps == step
+    assert train(recipe, resume=True).steps == LAST
+    assert_same(Path(recipe.run), uninterrupted)
+
+
+def test_interrupted_after_every_step_is_uninterrupted(uninterrupted: Path, recipe: Recipe) -> None:
+    for step in range(1, LAST + 1):
+        train(recipe, resume=step > 1, watcher=SignalAfter(step))
+    assert_same(Path(recipe.run), uninterrupted)
+
+
+def test_with_worker_processes_too(uninterrupted: Path, make: MakeRecipe, tmp_path: Path) -> None:
+    # They prepare batches ahead of the step at which the run is stopped.
+    recipe = make(tmp_path / "run", data={"workers": 2}, **SETTINGS)
+    assert train(recipe, watcher=SignalAfter(2)).steps == 2
+    train(recipe, resume=True)
+    assert_same(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize(("crash", "resumed_from"), [(3, 2), (4, 2), (5, 4)])
+def test_steps_lost_in_a_crash_are_done_and_logged_again(
+    uninterrupted: Path, make: MakeRecipe, tmp_path: Path, crash: int, resumed_from: int
+) -> None:
+    recipe = make(tmp_path / "run", save_every_steps=2, **SETTINGS)
+    with pytest.raises(MemoryError):
+        train(recipe, watcher=Crash(crash))
+    assert (tmp_path / "run" / "latest").resolve().name == f"step-{resumed_from:06d}"
+    assert course(tmp_path / "run") == course(uninterrupted)[:crash]
+    train(recipe, resume=True)
+    assert_same(tmp_path / "run", uninterrupted)
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_advice_leads_back_to_the_same_run(
+    uninterrupted: Path, make: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe = make(tmp_path / "run", save_every_steps=1, **SETTINGS)
+    train(recipe, watcher=SignalAfter(4))
+    damaged = (tmp_path / "run" / "latest").resolve()
+    (damaged / "state.pt").write_bytes(b"")
+    with pytest.raises(DeadpanError) as caught:
+        train(recipe, resume=True)
+    assert caught.value.where == str(tmp_path / "run" / "checkpoints" / "step-000004" / "state.pt")
+    assert caught.value.fix == "remove the folder and resume from step-000003"
+    shutil.rmtree(damaged)
+    train(recipe, resume=True)
+    assert_same(tmp_path / "run", uninterrupted)
+
+
+def test_a_moved_run_folder_resumes(
+    uninterrupted: Path, recipe: Recipe, make: MakeRecipe, tmp_path: Path
+) -> None:
+    train(recipe, watcher=SignalAfter(2))
+    moved = Path(recipe.run).rename(tmp_path / "elsewhere")
+    train(make(moved, **SETTINGS), resume=True)
+    assert_same(moved, uninterrupted)
+
+
+def test_a_half_written_line_of_the_log_is_no_obstacle(uninterrupted: Path, recipe: Recipe) -> None:
+    train(recipe, watcher=SignalAfter(2))
+    with (Path(recipe.run) / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 3, "lo')
+    train(recipe, resume=True)
+    assert_same(Path(recipe.run), uninterrupted)
+
+
+def test_resuming_a_finished_run_changes_nothing(recipe: Recipe) -> None:
+    first = train(recipe)
+    log = (Path(recipe.run) / "metrics.jsonl").read_bytes()
+    assert train(recipe, resume=True) == first
+    assert (Path(recipe.run) / "metrics.jsonl").read_bytes() == log
+
+
+def test_resuming_with_other_records_in_the_file_is_refused(
+    make: MakeRecipe, records: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "records.json"
+    samples = json.loads(records.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(samples), encoding="utf-8")
+    data = {"train": path, "images": records.parent}
+    recipe = make(tmp_path / "run", data=data, **SETTINGS)
+    train(recipe, watcher=SignalAfter(2))
+    path.write_text(json.dumps(samples[::-1]), encoding="utf-8")
+    with pytest.raises(DeadpanError, match="records"):
+        train(recipe, resume=True)
+
+
+def test_the_random_numbers_are_part_of_it(
+    uninterrupted: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without this, the other tests would not see whether they are restored.
+    train(recipe, watcher=SignalAfter(2))
+    monkeypatch.setattr(state, "_set_random_state", lambda _: None)
+    train(recipe, resume=True)
+    assert course(Path(recipe.run))[:2] == course(uninterrupted)[:2]
+    losses = zip(course(Path(recipe.run))[2:], course(uninterrupted)[2:], strict=True)
+    assert all(one[1] != other[1] for one, other in losses)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_a_run_resumes_from_a_whole_checkpoint(
+    make: MakeRecipe, tmp_path: Path
+) -> None:
+    settings = {**SETTINGS, "epochs": 20, "keep_checkpoints": 2}
+    whole, run = tmp_path / "whole", tmp_path / "killed"
+    train(make(whole, **settings))
+    recipe = make(run, save_every_steps=1, **settings)
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name("deadpan"), "train", tmp_path / "recipe.yaml"],
+        # Sums are split among threads: another number of them would be another run.
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        stderr=subprocess.DEVNULL,
+    )
+    second = run / "checkpoints" / "step-000002"
+    while not second.exists():
+        with pytest.raises(subprocess.TimeoutExpired):  # it must not end by itself
+            process.wait(0.01)
+    # It saves all the time, so this strikes anywhere: in a step, in a save, in a removal.
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+
+    left = state.checkpoints(run)
+    for checkpoint in [*left, (run / "latest").resolve()]:
+        state.verify(checkpoint)
+    assert 2 <= int(left[-1].name.removeprefix("step-")) < 40
+    assert train(recipe, resume=True).steps == 40
+    assert_same(run, whole)
+    assert not list((run / "checkpoints").glob(".*"))

@@ -1,0 +1,54 @@
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from deadpan.data.records import Record, load
+from deadpan.train.plan import Plan
+from deadpan.train.survey import Survey
+from deadpan.train.watcher import ProgressWatcher
+
+
+@pytest.fixture
+def samples(records: Path) -> list[Record]:
+    return load(records)
+
+
+def drawn(samples: list[Record], skipped: int = 0, done: int = 0, last: int = 3) -> str:
+    """What a run of four steps, `done` of them done before, leaves on a terminal after its `last`."""
+    console = Console(record=True, file=io.StringIO(), width=160, force_terminal=True)
+    survey = Survey(samples[skipped:], [10, 30, 20, 1000][skipped:], samples[:skipped])
+    with ProgressWatcher(console) as watcher:
+        for number in range(1, 56):
+            watcher.loading(number, 55)
+        for number in range(1, 5):
+            watcher.surveying(number, 4)
+        watcher.starting(Plan(len(survey.records), 4, 2, 2, seed=0), done, survey)
+        for step in range(done + 1, last + 1):
+            speed = {"samples_per_second": 7.25, "memory_gib": 1.04}
+            watcher.stepped({"step": step, "loss": 2.5 / step, **speed})
+    return console.export_text()
+
+
+def test_the_end_of_a_run_shows_loss_speed_memory_and_every_stage(samples: list[Record]) -> None:
+    text = drawn(samples)
+    assert "4 records, 1,060 tokens an epoch, longest 1,000; 4 steps of 4 samples" in text
+    last = text[text.rindex("loading weights") :]
+    assert "55/55" in last
+    assert "checking records" in last
+    assert "4/4" in last
+    assert "3/4" in last
+    assert "loss 0.8333  7.25 samples/s  1.0 GiB" in last
+    assert "left out" not in text
+    assert "resuming" not in text
+
+
+def test_records_left_out_are_counted(samples: list[Record]) -> None:
+    assert "left out 2 records that are too long" in drawn(samples, skipped=2)
+
+
+def test_a_resumed_run_says_where_it_goes_on(samples: list[Record]) -> None:
+    text = drawn(samples, done=2, last=2)
+    assert "resuming after step 2" in text
+    assert "2/4" in text[text.rindex("training") :]  # the bar does not start from nothing
