@@ -37,11 +37,16 @@ def test_defaults_are_the_walkthroughs_figures(recipe_file: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "differences"),
     [
-        ("internvl2-2b-lora", {}),
-        ("internvl2-2b-qlora", {"quantization": "nf4"}),
+        ("internvl2-2b-lora", {"packing": True}),
+        ("internvl2-2b-qlora", {"packing": True, "quantization": "nf4"}),
         (
             "internvl2-8b-qlora",
-            {"quantization": "nf4", "micro_batch_size": 4, "gradient_accumulation_steps": 4},
+            {
+                "packing": True,
+                "quantization": "nf4",
+                "micro_batch_size": 4,
+                "gradient_accumulation_steps": 4,
+            },
         ),
     ],
 )

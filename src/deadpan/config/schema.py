@@ -105,7 +105,8 @@ class Recipe(_Section):
         min_length=1, description="The checkpoint to start from: a folder or a Hub id."
     )
     attention: Literal["auto", "eager", "sdpa", "flash"] = Field(
-        default="auto", description="The attention kernel; auto: sdpa, which runs everywhere."
+        default="auto",
+        description="The attention kernel; auto: flash for packed rows on a GPU in bf16, else sdpa.",
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         default="auto",

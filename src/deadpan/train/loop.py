@@ -120,7 +120,7 @@ class Trainer:
             folder,
             device=str(self.device),
             dtype={torch.bfloat16: "bf16", torch.float32: "fp32"}[self.dtype],
-            attention=recipe.attention,
+            attention=self._attention(),
             quantization=recipe.quantization,
             max_tiles=recipe.max_tiles,
             max_length=recipe.max_length,
@@ -135,6 +135,14 @@ class Trainer:
             # The frozen vision tower keeps no activations; only the language model has something to recompute.
             checkpoint_layers(plain_model(model).model.language_model)
         return model.train(), loaded.processor
+
+    def _attention(self) -> str:
+        """`auto` takes the flash kernel for packed rows, which `sdpa` keeps apart by a full mask."""
+        recipe = self.recipe
+        sixteen_bits = self.dtype is torch.bfloat16 and self.device.type == "cuda"
+        if recipe.attention == "auto" and recipe.packing and sixteen_bits:
+            return "flash"
+        return recipe.attention
 
     def _prepare(self) -> None:
         recipe = self.recipe
