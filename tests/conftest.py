@@ -4,9 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from make_tiny_model import make_official
+
+torch.set_num_threads(1)
+"""The tiny models have nothing to share out, and threads that wait for one another are slow."""
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 """Reference data made with the official code; it stands beside the checkout and is never part of it."""

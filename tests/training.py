@@ -14,9 +14,6 @@ from deadpan.config.schema import Recipe
 from deadpan.train.loop import Result, Trainer
 from deadpan.train.watcher import Watcher
 
-torch.set_num_threads(1)
-"""The tiny model has nothing to share out, and threads that wait for one another are slow on a busy machine."""
-
 MakeRecipe = Callable[..., Recipe]
 
 

@@ -1,7 +1,7 @@
 """deadpan: turn a vision-language model into a teller of cold jokes.
 
 import deadpan
-teller = deadpan.load("InternVL2-2B")
+teller = deadpan.load("OpenGVLab/InternVL2-2B")
 teller.tell("dog.png")
 """
 

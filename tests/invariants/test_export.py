@@ -404,7 +404,7 @@ def test_a_folder_that_cannot_be_made_is_an_error(adapter: Path, tmp_path: Path)
     [
         ({"layout": "gguf"}, "The layout 'gguf' is unknown"),
         ({"dtype": "bf8"}, "The type 'bf8' is unknown"),
-        ({"merge_into": "nf4"}, "There is no merging into 'nf4' weights"),
+        ({"merge_into": "nf4"}, "The choice of --merge-into 'nf4' is unknown"),
         ({"device": "gpu"}, "The device 'gpu' is unknown"),
     ],
 )

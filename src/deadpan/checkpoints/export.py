@@ -94,35 +94,13 @@ def export(
     Raises:
         DeadpanError: If something is missing, or the reloaded export differs from its source by more than the limit.
     """
-    if layout not in list(Layout):
-        raise DeadpanError(
-            f"The layout {layout!r} is unknown.", fix=did_you_mean(layout, list(Layout))
-        )
-    if out.exists():
-        raise DeadpanError(
-            "The folder to export to exists already.", where=out, fix="choose another name"
-        )
     folder = resolve(source)
     base_folder = folder
     if detect(folder) is Layout.ADAPTER:
         base_folder = resolve(base if base is not None else lora.base_of(folder))
-    stored = _stored_type(base_folder)
-    if dtype == "stored":
-        dtype = stored
-    elif dtype not in DTYPES:
-        raise DeadpanError(f"The type {dtype!r} is unknown.", fix=did_you_mean(dtype, DTYPES))
-    quantization = _trained_on(folder)
-    if merge_into == "trained" and (quantization == "none" or layout == Layout.ADAPTER):
-        raise DeadpanError(
-            "There are no quantised weights to merge into.",
-            where=folder,
-            expected="an adapter trained on a quantised base, and the layout hf or official",
-            fix="leave out --merge-into",
-        )
-    if merge_into not in ("original", "trained"):
-        raise DeadpanError(
-            f"There is no merging into {merge_into!r} weights.", expected="original or trained"
-        )
+    stored, quantization = _stored_type(base_folder), _trained_on(folder)
+    dtype = stored if dtype == "stored" else dtype
+    _check_request(folder, out, layout, dtype, merge_into, quantization)
     device = _roomy_device(device, base_folder, dtype)
     loaded = load(
         folder,
@@ -154,15 +132,38 @@ def export(
             trained = load(
                 folder, device=device, dtype="fp32", base=base, quantization=quantization
             )
+            logits = probe.run(trained.model, trained.processor)["logits"]
             report["as_trained"] = {
                 "quantization": quantization,
-                **_figures(
-                    probe.run(trained.model, trained.processor)["logits"], reloaded["logits"]
-                ),
+                **_figures(logits, reloaded["logits"]),
             }
         write_json(temporary / "export.json", report)
         temporary.rename(out)
     return report
+
+
+def _check_request(
+    folder: Path, out: Path, layout: str, dtype: str, merge_into: str, quantization: str
+) -> None:
+    """Refuse, before anything is loaded, what cannot be done."""
+    for what, value, known in (
+        ("layout", layout, list(Layout)),
+        ("type", dtype, list(DTYPES)),
+        ("choice of --merge-into", merge_into, ["original", "trained"]),
+    ):
+        if value not in known:
+            raise DeadpanError(f"The {what} {value!r} is unknown.", fix=did_you_mean(value, known))
+    if out.exists():
+        raise DeadpanError(
+            "The folder to export to exists already.", where=out, fix="choose another name"
+        )
+    if merge_into == "trained" and (quantization == "none" or layout == Layout.ADAPTER):
+        raise DeadpanError(
+            "There are no quantised weights to merge into.",
+            where=folder,
+            expected="an adapter trained on a quantised base, and the layout hf or official",
+            fix="leave out --merge-into",
+        )
 
 
 def _stored_type(folder: Path) -> str:

@@ -71,7 +71,7 @@ class ProgressWatcher(Watcher):
         tokens = sum(survey.lengths)
         self._console.print(
             f"{plan.records} records, {tokens:,} tokens an epoch, longest {max(survey.lengths):,}; "
-            f"{plan.steps} steps of {plan.samples_per_step} samples"
+            f"{plan.steps} steps of {min(plan.samples_per_step, plan.records)} samples"
         )
         if survey.skipped:
             self._console.print(f"[yellow]left out {len(survey.skipped)} records that are too long")
