@@ -79,7 +79,7 @@ def test_a_checkpoint_holds_the_adapter_its_processor_and_the_state(run: Run) ->
     assert checkpoint == run.folder / "checkpoints" / "step-000007"
     assert {path.name for path in checkpoint.iterdir()} == FILES
     saved = json.loads((checkpoint / "state.json").read_text())
-    assert saved == {"step": 7, "samples": 28, "seconds": 3.5}
+    assert saved == {"step": 7, "samples": 28, "seconds": 3.5, "records": ""}
     weights = load_file(checkpoint / "adapter_model.safetensors")
     expected = lora.adapter_state(run.trainer.model)
     assert weights.keys() == expected.keys()
@@ -155,7 +155,7 @@ def test_damage_to_any_file_is_named_and_the_other_checkpoint_offered(
         path.write_bytes(content)
         assert (error.what, error.where) == ("The checkpoint is damaged.", str(path))
         assert error.expected is not None
-        assert error.expected.startswith(f"{len(content):,} bytes, SHA-256 ")
+        assert error.expected.startswith(f"{len(content)} bytes, SHA-256 ")
         assert (error.found == "no such file") is (damage is Path.unlink)
         assert error.fix == "remove the folder and resume from step-000001"
     state.verify(checkpoint)
@@ -170,8 +170,8 @@ def test_without_a_manifest_a_checkpoint_is_refused(
     manifest.write_text(manifest.read_text().rstrip())
     damage(manifest)
     error = refused(checkpoint)
-    assert error.what == "The checkpoint has no readable manifest."
-    assert error.where == str(checkpoint)
+    assert error.what == "The checkpoint's manifest is damaged."
+    assert error.where == str(checkpoint / "manifest.json")
     assert error.fix == "remove the folder and start again"  # there is no other
 
 

@@ -5,10 +5,9 @@ model it was made from, and only then given its name. If anything differs by mor
 explains, nothing is left behind.
 
 Both sides of the comparison compute in float32, whatever type the weights are stored in, so that what
-is left is the rounding of the merged weights alone. How much that may change depends on the model: in
-a deep network with random weights a little, many times over, becomes a lot. So the model itself is
-asked: its weights are moved once more, at random, as far as rounding may move them, and the export may
-differ from its source by no more than three times what that changes.
+is left is the rounding of the merged weights alone. How much that changes depends on the model, so the
+model itself is asked: its weights are moved once more, at random, as far as rounding may move them, and
+the export may differ from its source by no more than three times what that changes.
 """
 
 import os
@@ -16,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -221,8 +221,9 @@ def _write(
     plain = plain_model(loaded.model)
     if hasattr(loaded.model, "peft_config"):
         state = {name: t.to(dtype) for name, t in lora.base_parameters(loaded.model).items()}
-        for number, (name, tensor) in enumerate(lora.merged(loaded.model).items()):
-            state[name] = stochastic(tensor, dtype, seed=number)
+        for name, tensor in lora.merged(loaded.model).items():
+            # A seed of the name's: small ones may be those that the weights were drawn with.
+            state[name] = stochastic(tensor, dtype, seed=zlib.crc32(name.encode()))
     else:
         state = {name: parameter.data.to(dtype) for name, parameter in plain.named_parameters()}
     if plain.config.tie_word_embeddings:

@@ -147,6 +147,12 @@ class Trainer:
     def _prepare(self) -> None:
         recipe = self.recipe
         self.accelerator = Accelerator(cpu=self.device.type == "cpu")
+        if self.accelerator.num_processes > 1:
+            raise DeadpanError(
+                "Training runs in one process for now.",
+                found=f"{self.accelerator.num_processes} processes",
+                fix="start it with `deadpan train`, not through torchrun or accelerate launch",
+            )
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         settings = recipe.optimizer
         self.optimizer = torch.optim.AdamW(
