@@ -198,18 +198,15 @@ class Trainer:
         with self._log.open("a", encoding="utf-8") as log, _stop_signal() as stop:
             for metrics in self._steps(loader):
                 step = metrics["step"]
-                finished = step == self.plan.steps
-                if step % recipe.log_every_steps == 0 or finished:
+                if step % recipe.log_every_steps == 0 or step == self.plan.steps:
                     log.write(json.dumps(metrics) + "\n")
                     log.flush()
                 self.watcher.stepped(metrics)
-                saved = None
-                if step % recipe.save_every_steps == 0 or finished or stop.is_set():
-                    saved = self._save()
+                saved = self._save() if step % recipe.save_every_steps == 0 else None
                 if stop.is_set():
                     break
-        if saved is None:
-            saved = self._save()
+            if saved is None:
+                saved = self._save()
         return Result(
             self.run,
             saved,
@@ -277,14 +274,15 @@ class Trainer:
             autocast = torch.autocast(
                 self.device.type, self.dtype, enabled=self.dtype is torch.bfloat16
             )
-            with kernels(), autocast:
-                loss = self.loss(
-                    on_device.input_ids,
-                    on_device.labels,
-                    on_device.position_ids,
-                    on_device.pixel_values,
-                )
-                # Within, since checkpointed layers run again here.
+            with kernels():
+                with autocast:
+                    loss = self.loss(
+                        on_device.input_ids,
+                        on_device.labels,
+                        on_device.position_ids,
+                        on_device.pixel_values,
+                    )
+                # Under the same kernels, since checkpointed layers run again here.
                 self.accelerator.backward(loss / supervised)
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.recipe.optimizer.max_grad_norm)
