@@ -111,7 +111,7 @@ def test_events_come_in_order(make: MakeRecipe, tmp_path: Path) -> None:
     diary = Diary()
     train(make(tmp_path / "run", max_steps=2), watcher=diary)
     assert list(dict.fromkeys(diary.events)) == [
-        *("loading", "surveying", "starting", "step 1", "step 2")
+        *("surveying", "loading", "starting", "step 1", "step 2")
     ]
 
 

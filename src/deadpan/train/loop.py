@@ -24,7 +24,7 @@ from accelerate.utils import set_seed
 from peft import PeftModel
 from torch.utils.data import DataLoader
 
-from deadpan.checkpoints.load import choose_device, choose_dtype, load
+from deadpan.checkpoints.load import choose_device, choose_dtype, load_base
 from deadpan.checkpoints.source import Layout, detect, resolve
 from deadpan.config.loader import dump_recipe, inline_yaml, load_recipe
 from deadpan.config.schema import Recipe
@@ -32,11 +32,11 @@ from deadpan.data.records import load as load_records
 from deadpan.environment import describe
 from deadpan.errors import DeadpanError
 from deadpan.models import lora
-from deadpan.models.answer_loss import AnswerLoss, plain_model
+from deadpan.models.answer_loss import AnswerLoss
 from deadpan.models.attention import kernels
 from deadpan.models.build import checkpoint_layers
 from deadpan.processing.collate import Batch
-from deadpan.processing.processor import Processor
+from deadpan.processing.processor import load_processor
 from deadpan.train import state
 from deadpan.train.loader import batches, worker_count
 from deadpan.train.plan import MicroBatch, Plan
@@ -90,7 +90,15 @@ class Trainer:
         self.dtype = choose_dtype(recipe.precision, self.device)
         set_seed(recipe.seed)
         records = load_records(recipe.data.train, recipe.data.images)
-        self.model, self.processor = self._load_model()
+        folder = resolve(recipe.model)
+        if detect(folder) is Layout.ADAPTER:
+            raise DeadpanError(
+                "Training starts from a whole model, and this is an adapter.",
+                where=folder,
+                fix="export it with --layout hf and train on that, or resume its run with --resume",
+            )
+        self.processor = load_processor(folder, recipe.max_tiles, recipe.max_length)
+        # Before the weights are read: that takes minutes, and a bad record none of them.
         self.survey: Survey = survey(
             records,
             self.processor,
@@ -105,36 +113,30 @@ class Trainer:
             recipe.seed,
             recipe.max_steps,
         )
+        self.model = self._load_model(folder)
         self._prepare()
 
-    def _load_model(self) -> tuple[PeftModel, Processor]:
+    def _load_model(self, folder: Path) -> PeftModel:
         recipe = self.recipe
-        folder = resolve(recipe.model)
-        if detect(folder) is Layout.ADAPTER:
-            raise DeadpanError(
-                "Training starts from a whole model, and this is an adapter.",
-                where=folder,
-                fix="export it with --layout hf and train on that, or resume its run with --resume",
-            )
-        loaded = load(
+        plain = load_base(
             folder,
-            device=str(self.device),
-            dtype={torch.bfloat16: "bf16", torch.float32: "fp32"}[self.dtype],
-            attention=self._attention(),
-            quantization=recipe.quantization,
-            max_tiles=recipe.max_tiles,
-            max_length=recipe.max_length,
-            progress=self.watcher.loading,
+            detect(folder),
+            self.processor,
+            self.device,
+            self.dtype,
+            self._attention(),
+            recipe.quantization,
+            self.watcher.loading,
         )
         # A folder is recorded by its full path, so that the adapter finds it from anywhere; a Hub id stays one.
         base = str(folder.resolve()) if Path(recipe.model).expanduser().is_dir() else recipe.model
         model = lora.attach(
-            loaded.model, base, train_projector=recipe.train_projector, **recipe.lora.model_dump()
+            plain, base, train_projector=recipe.train_projector, **recipe.lora.model_dump()
         )
         if recipe.gradient_checkpointing:
             # The frozen vision tower keeps no activations; only the language model has something to recompute.
-            checkpoint_layers(plain_model(model).model.language_model)
-        return model.train(), loaded.processor
+            checkpoint_layers(plain.model.language_model)
+        return model.train()
 
     def _attention(self) -> str:
         """`auto` takes the flash kernel for packed rows, which `sdpa` keeps apart by a full mask."""
