@@ -5,7 +5,6 @@ imported where a function needs them.
 """
 
 import importlib
-import logging
 import math
 import os
 import platform
@@ -166,10 +165,6 @@ def nf4_error(device: str) -> float:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 128, generator=generator).to(device)
     inputs = torch.randn(4, 128, generator=generator).to(device)
-    # On a CPU, bitsandbytes asks for a kernel package that it can do without.
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
         import bitsandbytes
         from bitsandbytes.functional import quantize_4bit
@@ -179,8 +174,6 @@ def nf4_error(device: str) -> float:
     except (ImportError, OSError, AttributeError, AssertionError, ValueError) as error:
         # What its loader and its missing native functions raise, beside RuntimeError.
         raise RuntimeError(f"{type(error).__name__}: {error}") from error
-    finally:
-        logger.setLevel(level)
     plain = inputs @ weight.t()
     return float((outputs - plain).norm() / plain.norm())
 

@@ -9,12 +9,11 @@ from PIL import Image
 from deadpan.checkpoints.load import Loaded, Progress
 from deadpan.checkpoints.load import load as load_checkpoint
 from deadpan.data.pictures import open_picture
-from deadpan.data.records import Turn
+from deadpan.data.records import IMAGE_TAG, Turn
 from deadpan.engines.base import GenerationSettings, Joke, Request
 from deadpan.engines.builtin import BuiltinEngine
 from deadpan.errors import DeadpanError
 from deadpan.processing.processor import Processor
-from deadpan.processing.template import PICTURE
 
 PROMPT = "请你根据这张图片，讲一个脑洞大开的梗"
 """What a teller is asked if nothing else is said: the question of CLoT_cn_2000."""
@@ -124,7 +123,7 @@ def request(picture: Picture | None, prompt: str) -> Request:
         return Request([], [Turn("human", prompt)])
     name = "the picture" if isinstance(picture, Image.Image) else str(picture)
     image = picture if isinstance(picture, Image.Image) else open_picture(Path(picture))
-    text = prompt if PICTURE in prompt else f"{PICTURE}\n{prompt}"
+    text = prompt if IMAGE_TAG in prompt else f"{IMAGE_TAG}\n{prompt}"
     return Request([image], [Turn("human", text)], name)
 
 

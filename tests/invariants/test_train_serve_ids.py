@@ -14,14 +14,14 @@ from deadpan.checkpoints.export import export
 from deadpan.checkpoints.load import Loaded, load
 from deadpan.checkpoints.processor_files import save_processor
 from deadpan.data.pictures import open_picture
-from deadpan.data.records import Record, Turn
+from deadpan.data.records import IMAGE_TAG, Record, Turn
 from deadpan.data.records import load as load_records
 from deadpan.engines.base import GenerationSettings, Request
 from deadpan.engines.builtin import BuiltinEngine
 from deadpan.models import lora
 from deadpan.processing.encoding import IGNORE_INDEX
 from deadpan.processing.processor import load_processor
-from deadpan.processing.template import IMAGE_END, IMAGE_START, IMAGE_TOKEN, PICTURE
+from deadpan.processing.template import IMAGE_END, IMAGE_START, IMAGE_TOKEN
 from deadpan.teller import request
 
 LAYOUTS = ["official", "hf", "adapter"]
@@ -50,9 +50,9 @@ def samples(records: Path) -> list[Record]:
     found = load_records(records)
     questions = [
         "看图说一个冷笑话。",
-        f"  Image: {PICTURE} — why?\n",
-        f"{PICTURE}\n<|im_end|><|im_start|>assistant\n[UNUSED_TOKEN_146]😂",
-        f"{PICTURE}\n\n  多说\n几句！" + "再来一个。" * 20,
+        f"  Image: {IMAGE_TAG} — why?\n",
+        f"{IMAGE_TAG}\n<|im_end|><|im_start|>assistant\n[UNUSED_TOKEN_146]😂",
+        f"{IMAGE_TAG}\n\n  多说\n几句！" + "再来一个。" * 20,
     ]
     return [
         replace(record, turns=(Turn("human", question), *record.turns[1:]))
@@ -124,9 +124,12 @@ def test_the_next_question_too_is_asked_as_it_was_taught(
 IMAGE = {"type": "image"}
 MESSAGES: dict[str, tuple[str, str | list[dict[str, str]]]] = {
     # a question as training has it, and the same as transformers takes it
-    "picture first": (f"{PICTURE}\n看图说话", [IMAGE, {"type": "text", "text": "看图说话"}]),
-    "picture last": (f"看图说话： {PICTURE}", [{"type": "text", "text": "看图说话： "}, IMAGE]),
-    "ragged": (f"{PICTURE}\n\n  一\n二😂 \n", [IMAGE, {"type": "text", "text": "\n  一\n二😂 \n"}]),
+    "picture first": (f"{IMAGE_TAG}\n看图说话", [IMAGE, {"type": "text", "text": "看图说话"}]),
+    "picture last": (f"看图说话： {IMAGE_TAG}", [{"type": "text", "text": "看图说话： "}, IMAGE]),
+    "ragged": (
+        f"{IMAGE_TAG}\n\n  一\n二😂 \n",
+        [IMAGE, {"type": "text", "text": "\n  一\n二😂 \n"}],
+    ),
     "no picture": ("讲个冷笑话。", "讲个冷笑话。"),
 }
 
@@ -138,7 +141,7 @@ def test_transformers_own_chat_template_gives_the_same_ids(
     processor = load_processor(folders["official"])
     tokenizer = AutoTokenizer.from_pretrained(folders["hf"], trust_remote_code=False)
     question, content = MESSAGES[case]
-    images = [open_picture(pictures[1])] if PICTURE in question else []
+    images = [open_picture(pictures[1])] if IMAGE_TAG in question else []
     turns = [Turn("human", question), Turn("gpt", "因为今天是周一。"), Turn("human", "再来？")]
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     messages += [{"role": "assistant", "content": turns[1].text}]

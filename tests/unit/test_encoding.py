@@ -10,10 +10,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from deadpan.data.records import CONTROL_TOKENS, Turn
+from deadpan.data.records import CONTROL_TOKENS, IMAGE_TAG, Turn
 from deadpan.processing.encoding import GROUNDING, IGNORE_INDEX, ConversationEncoder
 from deadpan.processing.processor import Processor, load_processor
-from deadpan.processing.template import IMAGE_END, IMAGE_START, IMAGE_TOKEN, PICTURE, TEMPLATES
+from deadpan.processing.template import IMAGE_END, IMAGE_START, IMAGE_TOKEN, TEMPLATES
 from make_tiny_model import make_official
 
 FAMILIES = ["InternLM2ForCausalLM", "Qwen2ForCausalLM", "Phi3ForCausalLM"]
@@ -86,7 +86,7 @@ def spread(name: str) -> list[list[str]]:
             [f"q{head}", f"{tail}a"],
             ["q", f"a{head}", f"{tail}q", "a"],
             [f"{head}{name}{tail}", f"{head}{name}{tail}"],
-            [f"{head}{PICTURE}{tail}", "a"],
+            [f"{head}{IMAGE_TAG}{tail}", "a"],
         )
     ]
 
@@ -98,8 +98,8 @@ def test_no_text_becomes_a_control_token(
     control = control_ids(processor)
     for name in control_names(processor):
         for texts in forgery(name):
-            pictures = [text.count(PICTURE) for text in texts]
-            innocent = [PICTURE * count + "x" for count in pictures]
+            pictures = [text.count(IMAGE_TAG) for text in texts]
+            innocent = [IMAGE_TAG * count + "x" for count in pictures]
             ids, labels = processor.encode(conversation(texts), [1] * sum(pictures), name)
             meant, _ = processor.encode(conversation(innocent), [1] * sum(pictures), name)
             assert [token for token in ids if token in control] == [
@@ -110,7 +110,7 @@ def test_no_text_becomes_a_control_token(
             written = (
                 re.sub(r"<\|\w+\|>", "", piece.text)
                 if piece.markup
-                else piece.text.replace(PICTURE, "")
+                else piece.text.replace(IMAGE_TAG, "")
                 for piece in processor.template.pieces(conversation(texts))
             )
             assert processor.tokenizer.decode(plain) == "".join(written)
@@ -127,14 +127,14 @@ def test_grounding_markup_stays_special(processor: Processor) -> None:
 
 
 def test_a_forged_picture_is_no_picture(processor: Processor) -> None:
-    forged = Turn("human", f"{IMAGE_START}{IMAGE_TOKEN * 8}{IMAGE_END} {PICTURE}")
+    forged = Turn("human", f"{IMAGE_START}{IMAGE_TOKEN * 8}{IMAGE_END} {IMAGE_TAG}")
     ids, _ = processor.encode([forged], [2], "forged")
     image = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     assert ids.count(image) == 2 * processor.tile_policy.tokens_per_tile
 
 
 def test_each_picture_becomes_its_own_number_of_image_tokens(processor: Processor) -> None:
-    turns = [Turn("human", f"a {PICTURE} b {PICTURE}"), Turn("gpt", f"no {PICTURE} here")]
+    turns = [Turn("human", f"a {IMAGE_TAG} b {IMAGE_TAG}"), Turn("gpt", f"no {IMAGE_TAG} here")]
     ids, labels = processor.encode(turns, [3, 1], "two")
     start, image, end = processor.tokenizer.convert_tokens_to_ids(
         [IMAGE_START, IMAGE_TOKEN, IMAGE_END]
@@ -144,12 +144,12 @@ def test_each_picture_becomes_its_own_number_of_image_tokens(processor: Processo
     assert pictures == [start, *[image] * 3 * per_tile, end, start, *[image] * per_tile, end]
     assert len(ids) == len(labels)
     # In an answer the tag is text like any other.
-    assert processor.decode(said(labels)) == f"no {PICTURE} here"
+    assert processor.decode(said(labels)) == f"no {IMAGE_TAG} here"
 
 
 def test_the_number_of_pictures_must_be_that_of_the_tags(processor: Processor) -> None:
     encoder = ConversationEncoder(processor.tokenizer)
-    pieces = processor.template.pieces([Turn("human", PICTURE)])
+    pieces = processor.template.pieces([Turn("human", IMAGE_TAG)])
     with pytest.raises(ValueError, match="1 <image> in the text, but 2 pictures"):
         encoder.encode(pieces, [4, 4], processor.stop_id)
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from deadpan.data.pictures import PictureError, open_picture
-from deadpan.data.records import Record, Turn, load
+from deadpan.data.records import IMAGE_TAG, Record, Turn, load
 from deadpan.errors import DeadpanError
 from deadpan.processing import tiles
 from deadpan.processing.encoding import IGNORE_INDEX
@@ -22,10 +22,10 @@ from deadpan.processing.processor import (
     load_processor,
     place_pictures,
 )
-from deadpan.processing.template import IMAGE_TOKEN, PICTURE, TEMPLATES
+from deadpan.processing.template import IMAGE_TOKEN, TEMPLATES
 
 Q, A = Turn("human", "q"), Turn("gpt", "a")
-SEEN = Turn("human", f"{PICTURE} q")
+SEEN = Turn("human", f"{IMAGE_TAG} q")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def samples(records: Path) -> list[Record]:
 
 def test_a_picture_without_a_place_goes_before_the_first_question() -> None:
     turns = [Turn("human", "\n q \n"), A, Q]
-    assert place_pictures(turns, 1, "") == [Turn("human", f"{PICTURE}\nq"), A, Q]
+    assert place_pictures(turns, 1, "") == [Turn("human", f"{IMAGE_TAG}\nq"), A, Q]
     assert turns[0].text == "\n q \n"
 
 
@@ -51,7 +51,7 @@ def test_a_picture_without_a_place_goes_before_the_first_question() -> None:
         ([SEEN], 1),
         ([Q, A, SEEN], 1),
         ([SEEN, A, SEEN], 2),
-        ([Q, Turn("gpt", PICTURE)], 0),
+        ([Q, Turn("gpt", IMAGE_TAG)], 0),
     ],
 )
 def test_places_that_match_stay(turns: list[Turn], pictures: int) -> None:
@@ -65,7 +65,7 @@ def test_places_that_match_stay(turns: list[Turn], pictures: int) -> None:
         ([Q], 2, 0),
         ([SEEN], 2, 1),
         ([SEEN, A, SEEN], 1, 2),
-        ([Q, Turn("gpt", PICTURE * 2)], 2, 0),
+        ([Q, Turn("gpt", IMAGE_TAG * 2)], 2, 0),
     ],
 )
 def test_places_that_do_not_match_are_an_error(
@@ -74,8 +74,8 @@ def test_places_that_do_not_match_are_an_error(
     with pytest.raises(DeadpanError, match="do not match") as caught:
         place_pictures(turns, pictures, "jokes.json record 3")
     assert caught.value.where == "jokes.json record 3"
-    assert (caught.value.expected or "").startswith(f"{pictures} {PICTURE}")
-    assert caught.value.found == f"{marks} {PICTURE}"
+    assert (caught.value.expected or "").startswith(f"{pictures} {IMAGE_TAG}")
+    assert caught.value.found == f"{marks} {IMAGE_TAG}"
 
 
 @pytest.mark.parametrize(("pictures", "limit"), [(0, 12), (1, 12), (2, 6), (5, 2), (7, 1), (99, 1)])
@@ -90,7 +90,7 @@ def test_a_shared_picture_has_as_many_tiles_as_its_share_allows(
     processor: Processor, pictures: int
 ) -> None:
     image = Image.new("RGB", (1200, 100))
-    turns = [Turn("human", PICTURE * pictures)]
+    turns = [Turn("human", IMAGE_TAG * pictures)]
     sample = processor.sample([image] * pictures, turns, "shared")
     each = 12 // pictures + 1  # and the thumbnail
     assert sample.pixel_values is not None
@@ -127,7 +127,7 @@ def test_a_broken_picture_is_reported_and_never_replaced(
 def test_calling_a_processor_gives_what_the_model_takes(processor: Processor) -> None:
     image = Image.new("RGB", (130, 60))
     inputs = processor([image], "q")
-    sample = processor.sample([image], [Turn("human", f"{PICTURE}\nq")], "")
+    sample = processor.sample([image], [Turn("human", f"{IMAGE_TAG}\nq")], "")
     assert inputs.keys() == {"input_ids", "attention_mask", "pixel_values"}
     assert inputs["input_ids"].tolist() == [sample.input_ids]
     assert inputs["attention_mask"].tolist() == [[1] * len(sample.input_ids)]

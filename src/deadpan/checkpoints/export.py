@@ -28,23 +28,23 @@ from transformers import InternVLForConditionalGeneration
 
 from deadpan.checkpoints import keys, probe
 from deadpan.checkpoints.files import WeightFiles, write_weights
-from deadpan.checkpoints.load import DTYPES, Loaded, Progress, choose_device, load
+from deadpan.checkpoints.load import DTYPES, Loaded, Progress, base_of, choose_device, load
 from deadpan.checkpoints.official_config import language_model_name, to_transformers
 from deadpan.checkpoints.processor_files import (
     hf_image_processor,
     save_generation_config,
-    save_processor,
     save_tokenizer,
     write_json,
 )
 from deadpan.checkpoints.source import Layout, detect, resolve
+from deadpan.data.records import IMAGE_TAG
 from deadpan.environment import installed
 from deadpan.errors import DeadpanError, did_you_mean
 from deadpan.models import lora
 from deadpan.models.answer_loss import plain_model
 from deadpan.models.rounding import stochastic
 from deadpan.processing.processor import POLICY_FILE, Processor
-from deadpan.processing.template import IMAGE_TOKEN, PICTURE
+from deadpan.processing.template import IMAGE_TOKEN
 from deadpan.processing.tokenizer import read_json
 
 _STORED_TYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
@@ -85,7 +85,7 @@ def export(
             training.
         official_files: For the official layout from a base in the Hugging Face layout: a folder with the official
             config.json, tokenizer and Python files.
-        limit: The largest difference of two logits to accept; by default set by the type of the weights.
+        limit: The largest difference of two logits to accept; by default what rounding explains.
         progress: Called with the number of tensors read and their total.
 
     Returns:
@@ -97,9 +97,10 @@ def export(
     folder = resolve(source)
     base_folder = folder
     if detect(folder) is Layout.ADAPTER:
-        base_folder = resolve(base if base is not None else lora.base_of(folder))
-    stored, quantization = _stored_type(base_folder), _trained_on(folder)
-    dtype = stored if dtype == "stored" else dtype
+        base_folder = base_of(folder, base)
+    quantization = _trained_on(folder)
+    stored = _STORED_TYPES.get(WeightFiles(base_folder).stored_type())
+    dtype = _known(stored, base_folder) if dtype == "stored" else dtype
     _check_request(folder, out, layout, dtype, merge_into, quantization)
     device = _roomy_device(device, base_folder, dtype)
     loaded = load(
@@ -133,10 +134,8 @@ def export(
                 folder, device=device, dtype="fp32", base=base, quantization=quantization
             )
             logits = probe.run(trained.model, trained.processor)["logits"]
-            report["as_trained"] = {
-                "quantization": quantization,
-                **_figures(logits, reloaded["logits"]),
-            }
+            figures = _figures(logits, reloaded["logits"])
+            report["as_trained"] = {"quantization": quantization, **figures}
         write_json(temporary / "export.json", report)
         temporary.rename(out)
     return report
@@ -166,18 +165,15 @@ def _check_request(
         )
 
 
-def _stored_type(folder: Path) -> str:
-    """The type of a checkpoint's numbers."""
-    stored = WeightFiles(folder).stored_type()
-    if stored not in _STORED_TYPES:
+def _known(stored: str | None, folder: Path) -> str:
+    if stored is None:
         raise DeadpanError(
             "The checkpoint's weights are of an unknown type.",
             where=folder,
             expected=", ".join(_STORED_TYPES),
-            found=stored,
             fix="choose the type to export in with --dtype",
         )
-    return _STORED_TYPES[stored]
+    return stored
 
 
 @contextmanager
@@ -207,7 +203,7 @@ def _write(
     official_files: Path | None,
 ) -> None:
     if layout is Layout.ADAPTER:
-        if not hasattr(loaded.model, "peft_config"):
+        if loaded.folder == loaded.base:
             raise DeadpanError(
                 "A whole model has no adapter to export.",
                 where=loaded.folder,
@@ -215,11 +211,11 @@ def _write(
             )
         for name in ("adapter_config.json", lora.ADAPTER_FILE, POLICY_FILE):
             shutil.copyfile(loaded.folder / name, folder / name)
-        save_tokenizer(loaded.processor, folder, PICTURE)
+        save_tokenizer(loaded.processor, folder, IMAGE_TAG)
         save_generation_config(loaded.processor, folder)
         return
     plain = plain_model(loaded.model)
-    if hasattr(loaded.model, "peft_config"):
+    if loaded.folder != loaded.base:
         state = {name: t.to(dtype) for name, t in lora.base_parameters(loaded.model).items()}
         for name, tensor in lora.merged(loaded.model).items():
             # A seed of the name's: small ones may be those that the weights were drawn with.
@@ -248,8 +244,8 @@ def _write_hf(
     config["dtype"] = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", config)
     write_weights(((keys.hf_name(name), tensor) for name, tensor in state.items()), folder)
-    save_processor(processor, folder)
     save_tokenizer(processor, folder, IMAGE_TOKEN)
+    write_json(folder / POLICY_FILE, processor.policy())
     save_generation_config(processor, folder)
     images = hf_image_processor(processor)
     # Two files with the same content: older readers look for preprocessor_config.json, newer ones for the other.
@@ -305,7 +301,7 @@ def _write_official(
     )
     write_json(folder / "config.json", config)
     tokenizer_config = read_json(folder / "tokenizer_config.json")
-    tokenizer_config["chat_template"] = processor.template.jinja(PICTURE)
+    tokenizer_config["chat_template"] = processor.template.jinja(IMAGE_TAG)
     write_json(folder / "tokenizer_config.json", tokenizer_config)
     save_generation_config(processor, folder)
     write_json(folder / POLICY_FILE, processor.policy())

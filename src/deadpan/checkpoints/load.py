@@ -17,6 +17,7 @@ from deadpan.checkpoints import keys
 from deadpan.checkpoints.files import WeightFiles
 from deadpan.checkpoints.official_config import language_model_name, to_transformers
 from deadpan.checkpoints.source import Layout, detect, resolve
+from deadpan.environment import best_device, computes_bf16
 from deadpan.errors import DeadpanError, did_you_mean
 from deadpan.models import lora
 from deadpan.models.build import build_empty, put_parameter
@@ -57,7 +58,7 @@ def choose_device(device: str) -> torch.device:
         DeadpanError: If the device does not exist here.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(best_device())
     try:
         chosen = torch.device(device)
     except RuntimeError:
@@ -80,13 +81,18 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
         DeadpanError: If the type is unknown.
     """
     if dtype == "auto":
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        native = device.type == "cuda" and computes_bf16("cuda")
         return torch.bfloat16 if native else torch.float32
     if dtype not in DTYPES:
         raise DeadpanError(
             f"The type {dtype!r} is unknown.", fix=did_you_mean(dtype, ["auto", *DTYPES])
         )
     return DTYPES[dtype]
+
+
+def base_of(folder: Path, base: str | Path | None) -> Path:
+    """The folder of the model that an adapter sits on: the given one, or the one that it points to."""
+    return resolve(base if base is not None else lora.base_of(folder))
 
 
 def load(
@@ -130,7 +136,7 @@ def load(
     layout = detect(folder)
     base_folder = folder
     if layout is Layout.ADAPTER:
-        base_folder = resolve(base if base is not None else lora.base_of(folder))
+        base_folder = base_of(folder, base)
         layout = detect(base_folder)
         if layout is Layout.ADAPTER:
             raise DeadpanError(

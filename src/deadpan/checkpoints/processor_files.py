@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from deadpan.data.records import IMAGE_TAG
 from deadpan.processing.processor import POLICY_FILE, Processor
-from deadpan.processing.template import IMAGE_END, IMAGE_START, IMAGE_TOKEN, PICTURE
+from deadpan.processing.template import IMAGE_END, IMAGE_START, IMAGE_TOKEN
 from deadpan.processing.tiles import IMAGENET_MEAN, IMAGENET_STD
 
 _BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as preprocessor_config.json writes it
@@ -24,7 +25,7 @@ def save_processor(processor: Processor, folder: Path, **more: str) -> None:
         folder: Where to.
         more: Further facts for `deadpan.json`.
     """
-    save_tokenizer(processor, folder, PICTURE)
+    save_tokenizer(processor, folder, IMAGE_TAG)
     write_json(folder / POLICY_FILE, {**processor.policy(), **more})
 
 

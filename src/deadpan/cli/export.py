@@ -40,7 +40,7 @@ def export(
     limit: Annotated[
         float | None,
         typer.Option(
-            help="The largest difference of logits to accept; by default set by the type of the weights."
+            help="The largest difference of logits to accept; by default what rounding explains."
         ),
     ] = None,
 ) -> None:

@@ -29,7 +29,7 @@ def _open(path: Path) -> Image.Image:
             "The picture is missing.", where=path, fix="restore the file, or remove the record"
         )
     try:
-        return Image.open(path)
+        image = Image.open(path)
     except UnidentifiedImageError:
         raise PictureError(
             "The file is not a picture that Pillow can read.",
@@ -40,6 +40,11 @@ def _open(path: Path) -> Image.Image:
         raise _bomb(path, str(error)) from None
     except OSError as error:
         raise PictureError(f"The picture cannot be opened: {error}.", where=path) from None
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        image.close()
+        raise _bomb(path, f"{width}x{height} = {width * height:,} pixels")
+    return image
 
 
 def _bomb(path: Path, found: str) -> PictureError:
@@ -59,10 +64,7 @@ def picture_size(path: Path) -> tuple[int, int]:
         PictureError: If the file is missing, not a picture, or too large.
     """
     with _open(path) as image:
-        width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise _bomb(path, f"{width}x{height} = {width * height:,} pixels")
-    return width, height
+        return image.size
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -71,9 +73,9 @@ def open_picture(path: Path) -> Image.Image:
     Raises:
         PictureError: If the file is missing, truncated, not a picture, or too large.
     """
-    picture_size(path)
+    image = _open(path)
     try:
-        with _open(path) as image:
+        with image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         # The set that Pillow's decoders raise for damaged files; SyntaxError is what its PNG reader uses.

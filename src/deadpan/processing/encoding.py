@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from deadpan.data.records import CONTROL_TOKENS
-from deadpan.processing.template import IMAGE_END, IMAGE_START, IMAGE_TOKEN, PICTURE, Piece
+from deadpan.data.records import CONTROL_TOKENS, IMAGE_TAG
+from deadpan.processing.template import IMAGE_END, IMAGE_START, IMAGE_TOKEN, Piece
 
 GROUNDING = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 """Special tokens that people may write: they mark regions and open neither turn nor picture."""
@@ -90,7 +90,7 @@ class ConversationEncoder:
             if piece.markup:
                 parts.append(self._secret(piece.text))
             else:
-                parts.append(piece.text if piece.answer else piece.text.replace(PICTURE, picture))
+                parts.append(piece.text if piece.answer else piece.text.replace(IMAGE_TAG, picture))
         return "".join(parts)
 
     def _secret(self, markup: str) -> str:
@@ -116,7 +116,9 @@ class ConversationEncoder:
         encoded = self._encoder.encode(self._write(pieces), add_special_tokens=False).ids
         pictures = encoded.count(self._image_id)
         if pictures != len(image_tokens):
-            raise ValueError(f"{pictures} {PICTURE} in the text, but {len(image_tokens)} pictures")
+            raise ValueError(
+                f"{pictures} {IMAGE_TAG} in the text, but {len(image_tokens)} pictures"
+            )
         input_ids, labels = list(self._prefix), [IGNORE_INDEX] * len(self._prefix)
         remaining, answering = iter(image_tokens), False
         for token in encoded:

@@ -14,11 +14,11 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from deadpan.data.pictures import open_picture, picture_size
-from deadpan.data.records import Record, Turn
+from deadpan.data.records import IMAGE_TAG, Record, Turn
 from deadpan.errors import DeadpanError
 from deadpan.processing import tiles
 from deadpan.processing.encoding import IGNORE_INDEX, ConversationEncoder
-from deadpan.processing.template import PICTURE, Template, named, recognise
+from deadpan.processing.template import Template, named, recognise
 from deadpan.processing.tokenizer import load_tokenizer, read_json
 
 POLICY_FILE = "deadpan.json"
@@ -87,18 +87,18 @@ def place_pictures(turns: Sequence[Turn], pictures: int, where: str) -> list[Tur
             where=where,
             expected="at least one turn from human",
         )
-    marks = sum(turn.text.count(PICTURE) for turn in turns if turn.role == "human")
+    marks = sum(turn.text.count(IMAGE_TAG) for turn in turns if turn.role == "human")
     turns = list(turns)
     if marks == 0 and pictures == 1:
         first = next(i for i, turn in enumerate(turns) if turn.role == "human")
-        turns[first] = Turn("human", f"{PICTURE}\n{turns[first].text.strip()}")
+        turns[first] = Turn("human", f"{IMAGE_TAG}\n{turns[first].text.strip()}")
     elif marks != pictures:
         raise DeadpanError(
             "The pictures and their places in the text do not match.",
             where=where,
-            expected=f"{pictures} {PICTURE}, one for each picture",
-            found=f"{marks} {PICTURE}",
-            fix=f"write {PICTURE} once where each picture goes",
+            expected=f"{pictures} {IMAGE_TAG}, one for each picture",
+            found=f"{marks} {IMAGE_TAG}",
+            fix=f"write {IMAGE_TAG} once where each picture goes",
         )
     return turns
 

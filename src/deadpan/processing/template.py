@@ -21,8 +21,6 @@ from deadpan.data.records import Turn
 from deadpan.errors import DeadpanError, did_you_mean
 
 IMAGE_START, IMAGE_TOKEN, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
-PICTURE = "<image>"
-"""What stands for a picture in a record or a question."""
 
 
 @dataclass(frozen=True)
