@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from deadpan.checkpoints.processor_files import write_json
-from deadpan.teller import PROMPT
+from deadpan.data.records import PROMPT
 
 JOKES = {
     "sun.png": "太阳说它今天不上班，因为它已经够红了。",

@@ -9,14 +9,11 @@ from PIL import Image
 from deadpan.checkpoints.load import Loaded, Progress
 from deadpan.checkpoints.load import load as load_checkpoint
 from deadpan.data.pictures import open_picture
-from deadpan.data.records import IMAGE_TAG, Turn
+from deadpan.data.records import IMAGE_TAG, PROMPT, Turn
 from deadpan.engines.base import GenerationSettings, Joke, Request
 from deadpan.engines.builtin import BuiltinEngine
 from deadpan.errors import DeadpanError
 from deadpan.processing.processor import Processor
-
-PROMPT = "请你根据这张图片，讲一个脑洞大开的梗"
-"""What a teller is asked if nothing else is said: the question of CLoT_cn_2000."""
 
 Picture = str | Path | Image.Image
 

@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from deadpan import nano
 from deadpan.errors import DeadpanError
 from deadpan.processing.tokenizer import read_json
 
@@ -36,11 +37,14 @@ def resolve(model: str | Path) -> Path:
     """Find the checkpoint folder that a name stands for, downloading it if need be.
 
     Args:
-        model: A local folder (a run folder stands for its best or else its latest checkpoint), or a Hub id.
+        model: A local folder (a run folder stands for its best or else its latest checkpoint), a Hub id, or `nano`
+            for the model that comes with deadpan.
 
     Raises:
         DeadpanError: If there is no such folder and the Hub has none either, or cannot be reached.
     """
+    if str(model) == nano.MODEL:
+        return nano.BASE
     folder = Path(model).expanduser()
     if folder.is_dir():
         if (folder / "checkpoints").is_dir():
@@ -60,7 +64,7 @@ def resolve(model: str | Path) -> Path:
     if looks_local:
         raise DeadpanError(
             f"There is no model {str(model)!r}.",
-            expected="a checkpoint folder, a run folder, or a Hub id such as OpenGVLab/InternVL2-2B",
+            expected="a checkpoint folder, a run folder, a Hub id such as OpenGVLab/InternVL2-2B, or nano",
             found=f"no folder {folder.absolute()}",
         )
     return _download(str(model))

@@ -3,6 +3,8 @@
 Nothing here ever stands in for a broken picture: a model trained on a substitute learns the wrong caption.
 """
 
+import base64
+import io
 import warnings
 from pathlib import Path
 
@@ -84,3 +86,12 @@ def open_picture(path: Path) -> Image.Image:
             where=path,
             fix="replace the file, or remove the record",
         ) from None
+
+
+def data_uri(picture: Image.Image, long_edge: int) -> str:
+    """A picture within a web page: scaled down to a longer edge in pixels, as JPEG, as a `data:` address."""
+    small = picture.copy()
+    small.thumbnail((long_edge, long_edge), Image.Resampling.LANCZOS)
+    jpeg = io.BytesIO()
+    small.save(jpeg, "JPEG", quality=82)
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode('ascii')}"

@@ -1,16 +1,13 @@
 """A contact sheet of a data set: one HTML file to look through before training."""
 
-import base64
-import io
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
 
-from deadpan.data.pictures import PictureError, open_picture
+from deadpan.data.pictures import PictureError, data_uri, open_picture
 from deadpan.data.records import Record
 from deadpan.errors import DeadpanError
 
@@ -106,8 +103,4 @@ def _thumbnail(path: Path) -> _Thumbnail:
         details = [f"{label}: {text}" for label, text in error.details() if label != "where"]
         return _Thumbnail(str(path), None, "", "\n".join([error.what, *details]))
     size = f"{picture.width} × {picture.height}"
-    picture.thumbnail((LONG_EDGE, LONG_EDGE), Image.Resampling.LANCZOS)
-    jpeg = io.BytesIO()
-    picture.save(jpeg, "JPEG", quality=82)
-    encoded = base64.b64encode(jpeg.getvalue()).decode("ascii")
-    return _Thumbnail(str(path), f"data:image/jpeg;base64,{encoded}", size, None)
+    return _Thumbnail(str(path), data_uri(picture, LONG_EDGE), size, None)

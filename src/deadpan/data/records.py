@@ -7,20 +7,26 @@ A file is a JSON array or JSON lines; the first character decides, not the file'
         {"from": "gpt", "value": "He is the one who reads the small print."}]}
 
 where `id` is optional, `image` is a path, a list of paths or null, and each `<image>` marks where a
-picture goes. Other keys are metadata and are left alone.
+picture goes. `concepts`, also optional, names what the pictures show, each with the puns on it that
+count as naming it: `{"雨伞": ["好聚好伞"]}`; evaluation asks it whether an answer is about the
+picture. Other keys are metadata and are left alone.
 """
 
 import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from deadpan.errors import DeadpanError
+from deadpan.nano import records_file
 
 Severity = Literal["error", "warning"]
+
+PROMPT = "请你根据这张图片，讲一个脑洞大开的梗"
+"""What a teller is asked if nothing else is said: the question of CLoT_cn_2000."""
 
 IMAGE_TAG = "<image>"
 """What marks the place of a picture in a question."""
@@ -93,6 +99,7 @@ class Record:
         index: The position in the file, from 0, unreadable records counted.
         line: The line number, from 1, in JSON lines; None in a JSON array.
         folder: What relative picture paths start from.
+        concepts: What the pictures show: each name with the puns on it.
     """
 
     id: str | None
@@ -102,6 +109,7 @@ class Record:
     index: int
     line: int | None
     folder: Path
+    concepts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -126,7 +134,7 @@ def read(path: Path, images: Path | None = None) -> tuple[list[Record], list[Pro
     its pictures can still be checked; one that cannot be understood is in the problems only.
 
     Args:
-        path: A JSON array or JSON lines.
+        path: A JSON array or JSON lines, or `nano:train` or `nano:held-out` for the starter set.
         images: The folder that picture paths start from; by default the folder of `path`.
 
     Returns:
@@ -142,6 +150,7 @@ def read(path: Path, images: Path | None = None) -> tuple[list[Record], list[Pro
             where=images,
             fix="pass the folder that the picture paths in the records start from",
         )
+    path = records_file(path)
     folder = path.parent if images is None else images
     text = _text(path)
     start = text.lstrip(_JSON_SPACE)[:1]
@@ -298,11 +307,14 @@ def _record(entry: _Entry, path: Path, folder: Path) -> tuple[Record | None, lis
     findings.where = _place(path, entry.index, entry.line, identifier)
     images = _images(value, findings)
     turns = _turns(value, findings)
-    if images is None or turns is None:
+    concepts = _concepts(value, findings)
+    if images is None or turns is None or concepts is None:
         return None, findings.problems
     _check_order(turns, findings)
     _check_texts(turns, images, findings)
-    record = Record(identifier, images, turns, path, entry.index, entry.line, folder)
+    record = Record(
+        identifier, images, turns, path, entry.index, entry.line, folder, concepts
+    )
     return record, findings.problems
 
 
@@ -361,6 +373,24 @@ def _images(value: dict[str, object], findings: _Findings) -> tuple[str, ...] | 
         )
         return None
     return tuple(paths)
+
+
+def _concepts(
+    value: dict[str, object], findings: _Findings
+) -> dict[str, tuple[str, ...]] | None:
+    given = value.get("concepts")
+    if given is None:
+        return {}
+    if not isinstance(given, dict) or not all(
+        name and isinstance(puns, list) and all(isinstance(pun, str) and pun for pun in puns)
+        for name, puns in given.items()
+    ):
+        findings.error(
+            "bad-concepts",
+            f'concepts: expected {{"name": ["pun", ...], ...}}, found {_excerpt(given)}',
+        )
+        return None
+    return {name: tuple(puns) for name, puns in given.items()}
 
 
 def _turns(value: dict[str, object], findings: _Findings) -> tuple[Turn, ...] | None:

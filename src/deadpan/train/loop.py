@@ -24,6 +24,7 @@ from accelerate.utils import set_seed
 from peft import PeftModel
 from torch.utils.data import DataLoader
 
+from deadpan import nano
 from deadpan.checkpoints.load import choose_device, choose_dtype, load_base
 from deadpan.checkpoints.source import Layout, detect, resolve
 from deadpan.config.loader import dump_recipe, inline_yaml, load_recipe
@@ -129,7 +130,8 @@ class Trainer:
             self.watcher.loading,
         )
         # A folder is recorded by its full path, so that the adapter finds it from anywhere; a Hub id stays one.
-        base = str(folder.resolve()) if Path(recipe.model).expanduser().is_dir() else recipe.model
+        local = recipe.model != nano.MODEL and Path(recipe.model).expanduser().is_dir()
+        base = str(folder.resolve()) if local else recipe.model
         model = lora.attach(
             plain, base, train_projector=recipe.train_projector, **recipe.lora.model_dump()
         )

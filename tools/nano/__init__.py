@@ -1,0 +1,1 @@
+"""How the nano model and its starter set are made: concepts, scenes, drawing, jokes."""
