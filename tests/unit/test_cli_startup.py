@@ -3,7 +3,16 @@ import sys
 
 import pytest
 
-HEAVY = {"torch", "transformers", "numpy", "PIL", "pydantic", "huggingface_hub", "bitsandbytes"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "numpy",
+    "PIL",
+    "pydantic",
+    "huggingface_hub",
+    "bitsandbytes",
+    "matplotlib",
+}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from deadpan import __version__
-from deadpan.cli import data, doctor, export, recipe, tell, train
+from deadpan.cli import data, doctor, export, plot, recipe, tell, train
 from deadpan.errors import DeadpanError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.add_typer(recipe.app, name="recipe")
 app.command()(train.train)
+app.command()(plot.plot)
 app.command()(export.export)
 app.command()(tell.tell)
 app.command()(doctor.doctor)
