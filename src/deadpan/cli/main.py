@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from deadpan import __version__
-from deadpan.cli import data, doctor, export, plot, recipe, tell, train
+from deadpan.cli import data, doctor, evaluate, export, plot, recipe, tell, train
 from deadpan.errors import DeadpanError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command()(train.train)
 app.command()(plot.plot)
 app.command()(export.export)
 app.command()(tell.tell)
+app.command()(evaluate.evaluate)
 app.command()(doctor.doctor)
 
 
