@@ -28,9 +28,9 @@ from deadpan.checkpoints.official_config import to_transformers
 from deadpan.checkpoints.processor_files import write_json
 from deadpan.config.loader import load_recipe
 from deadpan.data.pictures import open_picture
-from deadpan.data.records import Turn
+from deadpan.data.records import PROMPT, Turn
 from deadpan.errors import DeadpanError
-from deadpan.teller import PROMPT, load
+from deadpan.teller import load
 from deadpan.train.loop import Trainer
 from deadpan.train.watcher import Watcher
 from make_tiny_model import random_weights

@@ -2,9 +2,9 @@ r"""Make nano's starter set: pictures of drawn scenes, with jokes, in the LLaVA/
 
     python tools/make_starter_data.py OUT [--font NotoColorEmoji.ttf]
 
-Writes OUT/train.json, OUT/held-out.json and their pictures. What is pictured has jokes in `tools/nano/jokes`; a held-out
-picture is a new scene of the same things, and two things that meet in it meet in no training picture. The same seed
-gives the same files, byte for byte, with the same versions of PyTorch and Pillow.
+Writes OUT/train.json, OUT/held-out.json and their pictures. What is pictured has jokes in `tools/nano/jokes`; a
+held-out picture is a new scene of the same things, and two things that meet in it meet in no training picture. The
+same seed gives the same files, byte for byte, with the same versions of PyTorch and Pillow.
 """
 
 import argparse
@@ -27,7 +27,12 @@ TRAIN = {1: 160, 2: 200, 3: 60}
 HELD_OUT = {1: 24, 2: 66, 3: 30}
 """Pictures by the number of concepts in them."""
 
-_SHAPES = (*((150, 150), (156, 140), (140, 156), (152, 148)) * 4, (224, 112), (112, 224), (200, 200))
+_SHAPES = (
+    *((150, 150), (156, 140), (140, 156), (152, 148)) * 4,
+    (224, 112),
+    (112, 224),
+    (200, 200),
+)
 """Mostly of one tile, so that training takes a minute."""
 
 _QUALITY = 88
@@ -67,7 +72,9 @@ def scenes(random_: random.Random) -> tuple[list[Scene], list[Scene]]:
     # Two that have a joke together meet in training, half of them; the rest may meet in held-out pictures.
     together_pictures = favourite[: TRAIN[2] // 3]
     for pair in together_pictures:
-        places = random_.choice((("左边", "右边"), ("上面", "下面"), ("左边", "中间"), ("中间", "右边")))
+        places = random_.choice(
+            (("左边", "右边"), ("上面", "下面"), ("左边", "中间"), ("中间", "右边"))
+        )
         groups = [Group(concept, 1, place) for concept, place in zip(pair, places, strict=True)]
         train.append(arrange(random_, groups, random_.choice(_SHAPES)))
     for kinds, count in TRAIN.items():
@@ -78,9 +85,7 @@ def scenes(random_: random.Random) -> tuple[list[Scene], list[Scene]]:
     return train, [s for kinds, count in HELD_OUT.items() for s in fill(kinds, count, fresh=True)]
 
 
-def record(
-    identifier: str, image: str, scene: Scene, answer: str
-) -> dict[str, Any]:
+def record(identifier: str, image: str, scene: Scene, answer: str) -> dict[str, Any]:
     """One sample."""
     singles, _ = written()
     names = [concepts()[group.concept].name for group in scene.groups]

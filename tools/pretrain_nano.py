@@ -2,9 +2,9 @@ r"""Pretrain nano's base model: it looks at drawn scenes of emoji and says what 
 
     python tools/pretrain_nano.py OUT [--steps 9000] [--font NotoColorEmoji.ttf]
 
-InternVL2's architecture in miniature, on transformers' own classes. Every scene is composed for its step and never seen
-again; step n is the same whenever it is computed, so a run that was stopped (`--minutes`) goes on where it was. The loss is
-the cross-entropy of the answer,
+InternVL2's architecture in miniature, on transformers' own classes. Every scene is composed for its step and never
+seen again; step n is the same whenever it is computed, so a run that was stopped (`--minutes`) goes on where it was.
+The loss is the cross-entropy of the answer,
 
     loss = - 1/|A| * sum over t in A of log p(x_t | x_<t, picture),
 
@@ -267,7 +267,9 @@ def exact(
         for kinds in (1, 2, 3):
             right[kinds] += whole[batch.kinds == kinds].sum()
             seen[kinds] += (batch.kinds == kinds).sum()
-    return {f"{kinds} concepts": round((right[kinds] / seen[kinds]).item(), 4) for kinds in (1, 2, 3)}
+    return {
+        f"{kinds} concepts": round((right[kinds] / seen[kinds]).item(), 4) for kinds in (1, 2, 3)
+    }
 
 
 def save(model: InternVLForConditionalGeneration, processor: Processor, folder: Path) -> None:
@@ -289,7 +291,9 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=9000)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop then; call again to go on")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="stop then; call again to go on"
+    )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--font", type=Path, default=drawing.FONT)
@@ -338,7 +342,10 @@ def main() -> None:
     easy = round(WARM_UP * arguments.steps)
     steps = Steps(processor, arguments.seed, False, easy, arguments.pictures)
     loader = DataLoader(
-        steps, sampler=range(done, arguments.steps), prefetch_factor=4 if arguments.workers else None, **common
+        steps,
+        sampler=range(done, arguments.steps),
+        prefetch_factor=4 if arguments.workers else None,
+        **common,
     )
     test = Steps(processor, arguments.seed, True, 0, arguments.pictures)
     log = (out / "log.jsonl").open("a", encoding="utf-8")
@@ -354,7 +361,9 @@ def main() -> None:
             rows = rows.to(device)
             supervised = (rows.labels != IGNORE_INDEX).sum()
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = loss_of(rows.input_ids, rows.labels, rows.position_ids(), values) / supervised
+                loss = (
+                    loss_of(rows.input_ids, rows.labels, rows.position_ids(), values) / supervised
+                )
             (loss if values is not None else 0.3 * loss).backward()
             losses.append(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -4,10 +4,10 @@ import pytest
 from PIL import Image
 
 import deadpan
-from deadpan.data.records import Turn
+from deadpan.data.records import PROMPT, Turn
 from deadpan.engines.base import GenerationSettings, Request
 from deadpan.errors import DeadpanError
-from deadpan.teller import PROMPT, Teller, request
+from deadpan.teller import Teller, request
 
 TOKENS = 8
 

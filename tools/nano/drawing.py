@@ -42,7 +42,9 @@ def atlas(font: Path = FONT, device: str | torch.device = "cpu") -> torch.Tensor
         assert box is not None, f"the font draws nothing for {concept.emoji}"
         drawn = canvas.crop(box)
         square = Image.new("RGBA", (max(drawn.size), max(drawn.size)))
-        square.paste(drawn, ((square.width - drawn.width) // 2, (square.height - drawn.height) // 2))
+        square.paste(
+            drawn, ((square.width - drawn.width) // 2, (square.height - drawn.height) // 2)
+        )
         pictures.append(np.asarray(square.resize((_EDGE, _EDGE)), dtype=np.float32) / 255)
     sheet = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)  # (concept, 4, row, column)
     sheet = torch.cat([sheet[:, :3] * sheet[:, 3:], sheet[:, 3:]], dim=1)
@@ -52,7 +54,9 @@ def atlas(font: Path = FONT, device: str | torch.device = "cpu") -> torch.Tensor
             sheet, size=_EDGE >> level, mode="bilinear", antialias=True, align_corners=False
         )
         levels.append(
-            functional.interpolate(small, size=_EDGE, mode="bicubic", align_corners=False).clamp(0, 1)
+            functional.interpolate(small, size=_EDGE, mode="bicubic", align_corners=False).clamp(
+                0, 1
+            )
         )
     stacked = torch.stack(levels, dim=1).to(device)
     return stacked.half() if stacked.is_cuda else stacked

@@ -75,7 +75,10 @@ def written() -> tuple[dict[str, Jokes], dict[frozenset[str], str]]:
         for name, entry in content["concepts"].items():
             assert name not in singles, f"{name} stands twice"
             singles[name] = Jokes(
-                *(tuple(entry[key]) for key in ("jokes", "lines")), entry["many"], tuple(entry["puns"])
+                jokes=tuple(entry["jokes"]),
+                lines=tuple(entry["lines"]),
+                many=entry["many"],
+                puns=tuple(entry["puns"]),
             )
         for entry in content["pairs"]:
             pairs.setdefault(frozenset(entry["of"]), entry["joke"])
@@ -162,9 +165,7 @@ def answers(random_: random.Random, groups: Sequence[Group], most: int) -> list[
         order = random_.sample(range(len(groups)), len(groups))
         speaker = names[order[-1]]
         called = dict(zip("abc", (_called(groups[i], known) for i in order), strict=False))
-        text = random_.choice(frames).format(
-            **called, line=singles[speaker].lines[0]
-        )
+        text = random_.choice(frames).format(**called, line=singles[speaker].lines[0])
         if text not in found:
             found.append(text)
     return found

@@ -27,9 +27,7 @@ def evaluate(
     images: Annotated[
         Path | None, typer.Option(help="The folder that DATA's picture paths start from.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Write the figures here, as JSON.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the figures here, as JSON.")] = None,
     answers_out: Annotated[
         Path | None, typer.Option("--answers", help="Write the answers here, as JSON lines.")
     ] = None,

@@ -55,8 +55,9 @@ def tell(
     Example: deadpan tell OpenGVLab/InternVL2-2B dog.jpg cat.png -n 3 --temperature 0.8 --seed 1
     """
     from deadpan.cli.progress import bar
+    from deadpan.data.records import PROMPT
     from deadpan.engines.base import GenerationSettings
-    from deadpan.teller import PROMPT, load
+    from deadpan.teller import load
 
     settings = GenerationSettings(max_new_tokens, temperature, top_p, seed)
     with bar("loading weights") as progress:

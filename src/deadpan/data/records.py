@@ -312,9 +312,7 @@ def _record(entry: _Entry, path: Path, folder: Path) -> tuple[Record | None, lis
         return None, findings.problems
     _check_order(turns, findings)
     _check_texts(turns, images, findings)
-    record = Record(
-        identifier, images, turns, path, entry.index, entry.line, folder, concepts
-    )
+    record = Record(identifier, images, turns, path, entry.index, entry.line, folder, concepts)
     return record, findings.problems
 
 
@@ -375,9 +373,7 @@ def _images(value: dict[str, object], findings: _Findings) -> tuple[str, ...] | 
     return tuple(paths)
 
 
-def _concepts(
-    value: dict[str, object], findings: _Findings
-) -> dict[str, tuple[str, ...]] | None:
+def _concepts(value: dict[str, object], findings: _Findings) -> dict[str, tuple[str, ...]] | None:
     given = value.get("concepts")
     if given is None:
         return {}

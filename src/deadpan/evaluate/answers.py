@@ -82,9 +82,7 @@ def ask(
         ]
         for question, joke in zip(part, engine.generate(requests, settings), strict=True):
             picture = str(question.pictures[0]) if question.pictures else ""
-            yield Answer(
-                picture, question.turns[-1].text, joke.text, joke.finish_reason == "stop"
-            )
+            yield Answer(picture, question.turns[-1].text, joke.text, joke.finish_reason == "stop")
         if progress is not None:
             progress(min(start + batch, len(asked)), len(asked))
 

@@ -1,4 +1,4 @@
-"""A teller in figures: what it says about pictures it has not been trained on, and how likely it finds people's jokes."""
+"""A teller in figures: what it says about pictures it has not been trained on; and how likely it finds jokes."""
 
 import math
 from collections.abc import Sequence
@@ -111,14 +111,13 @@ def share(values: Sequence[bool], seed: int = 0) -> Share:
     array = np.array(values, dtype=float)
     resampled = np.random.default_rng(seed).choice(array, (_RESAMPLES, len(array))).mean(axis=1)
     low, high = np.percentile(resampled, [2.5, 97.5])
-    return Share(*(round(float(x), 4) for x in (array.mean(), low, high)), len(array))
+    value, low, high = (round(float(x), 4) for x in (array.mean(), low, high))
+    return Share(value, low, high, len(array))
 
 
 def _distinct(texts: Sequence[str], n: int) -> float:
     """Different n-grams of characters over all of them (Li et al. 2016, arXiv 1510.03055)."""
-    grams = [
-        text[i : i + n] for text in map(normalised, texts) for i in range(len(text) - n + 1)
-    ]
+    grams = [text[i : i + n] for text in map(normalised, texts) for i in range(len(text) - n + 1)]
     return round(len(set(grams)) / len(grams), 4) if grams else 0.0
 
 

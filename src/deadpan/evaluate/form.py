@@ -1,8 +1,8 @@
 """Is it a joke, and is it about the picture? Definitions, as code.
 
 *Joke form.* One finished line of 4 to 60 characters that does not describe. A line describes if it speaks of the
-picture as a picture (图里, 图中, 图片, 画面, 照片), or if it says that something is somewhere (左边有两只猫). Whether it is funny,
-no definition decides.
+picture as a picture (图里, 图中, 图片, 画面, 照片), or if it says that something is somewhere (左边有两只猫).
+Whether it is funny, no definition decides.
 
 *Grounded.* It names something that the picture shows, or puns on it, by a list that the records carry
 (`concepts`). Names are found longest first, so 熊猫 is not 猫; a name that is part of a pun is the pun's.
