@@ -43,7 +43,7 @@ def scenes(random_: random.Random) -> tuple[list[Scene], list[Scene]]:
     known = {concept.name: index for index, concept in enumerate(concepts())}
     _, together = written()
     pool = [known[name] for name in favourites()]
-    favourite = [tuple(known[name] for name in pair) for pair in together]
+    favourite = [tuple(known[name] for name in sorted(pair)) for pair in together]
     favourite = [pair for pair in favourite if set(pair) <= set(pool)]
     random_.shuffle(favourite)
     train: list[Scene] = []

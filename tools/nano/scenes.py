@@ -10,13 +10,13 @@ Some pairs of concepts, and some (concept, number, place), are held out: pretrai
 them, and the test composes nothing else.
 """
 
-import math
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
-from nano.concepts import NUMBERS, Concept, concepts
+from nano.concepts import NUMBERS, concepts
 
 PLACES = ("上面", "左边", "中间", "右边", "下面")
 """In the order in which a description goes through them."""
@@ -81,9 +81,9 @@ class Scene:
     height: int
 
 
-def describe(groups: Sequence[Group], names: Sequence[Concept] | None = None) -> str:
+def describe(groups: Sequence[Group]) -> str:
     """The sentence for a scene."""
-    known = names or concepts()
+    known = concepts()
     parts = [f"{g.place}有{known[g.concept].counted(g.count)}" for g in groups]
     return f"图里{'，'.join(parts)}。"
 
@@ -102,13 +102,9 @@ def read_description(text: str) -> tuple[Group, ...] | None:
     return tuple(groups)
 
 
-_NAMES: dict[str, int] = {}
-
-
+@cache
 def _counted_names() -> dict[str, int]:
-    if not _NAMES:
-        _NAMES.update({c.measure + c.name: index for index, c in enumerate(concepts())})
-    return _NAMES
+    return {c.measure + c.name: index for index, c in enumerate(concepts())}
 
 
 def _draw(*parts: object) -> float:
@@ -156,7 +152,7 @@ def compose(
             for concept, place in zip(random_.sample(choices, kinds), places, strict=True)
         )
         if held_out is None or is_held_out(groups) == held_out:
-            return Scene(groups, _lay_out(random_, groups, size), *size)
+            return arrange(random_, groups, size)
 
 
 def arrange(random_: random.Random, groups: Sequence[Group], size: tuple[int, int]) -> Scene:
@@ -209,7 +205,7 @@ def _lay_out(
                         (x + (across + shake_x) * edge) / width,
                         (y + (down + shake_y) * edge) / height,
                         edge * random_.uniform(0.93, 1.04) / short,
-                        math.remainder(angle, math.tau),
+                        angle,
                     )
                 )
         apart = all(
