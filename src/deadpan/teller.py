@@ -141,7 +141,7 @@ def load(
         model: A checkpoint folder (official or Hugging Face layout, or an adapter), a run folder, or a Hub id.
         device: auto, cpu, cuda or cuda:N.
         dtype: auto (bf16 on a GPU that computes in it, else fp32), bf16, fp16 or fp32.
-        attention: auto, eager, sdpa or flash.
+        attention: auto, eager, sdpa, flash or varlen.
         quantization: none or nf4.
         max_tiles: Overrides the checkpoint's own tile limit.
         base: For an adapter whose base model has moved: where it is now.

@@ -39,7 +39,7 @@ def trainable_model(folder: Path, attention: str, dropout: float = 0.0) -> PeftM
     return peft_model.train()
 
 
-@pytest.fixture(scope="module", params=["eager", "sdpa"])
+@pytest.fixture(scope="module", params=["eager", "sdpa", "varlen"])
 def model(request: pytest.FixtureRequest, tiny: Path) -> PeftModel:
     return trainable_model(tiny, request.param)
 
@@ -185,7 +185,7 @@ def test_what_stands_in_the_padding_has_no_influence(
     assert_equal(run(model, batch), run(model, noisy), tolerance=0)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "varlen"])
 @pytest.mark.parametrize("packing", [False, True])
 def test_gradient_checkpointing_changes_nothing(
     tiny: Path, samples: list[Sample], attention: str, packing: bool
@@ -209,11 +209,12 @@ def test_gradient_checkpointing_changes_nothing(
     assert_equal(results[0], results[1], tolerance=0)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "varlen"])
 @pytest.mark.parametrize("family", ["Qwen2ForCausalLM", "LlamaForCausalLM", "Phi3ForCausalLM"])
 def test_packing_keeps_samples_apart_in_every_language_model(
-    family: str, records: Path, tmp_path: Path
+    family: str, attention: str, records: Path, tmp_path: Path
 ) -> None:
     folder = make_official(tmp_path / family, family)
-    model, processor = trainable_model(folder, "sdpa"), load_processor(folder, max_tiles=4)
+    model, processor = trainable_model(folder, attention), load_processor(folder, max_tiles=4)
     samples = [processor.record(record) for record in load_records(records)]
     assert_equal(run(model, collate(samples, 0, packing=True)), run(model, *singly(samples)))

@@ -134,7 +134,7 @@ def test_a_file_may_start_with_a_byte_order_mark(recipe_file: Path) -> None:
         ("max_tiles: 0", "max_tiles", "integer >= 1 or null", "0"),
         ("device: tpu", "device", "one like auto, cpu, cuda, cuda:0", "tpu"),
         ("run: ''", "run", "string that is not empty", "''"),
-        ("attention: fast", "attention", "auto, eager, sdpa or flash", "fast"),
+        ("attention: fast", "attention", "auto, eager, sdpa, flash or varlen", "fast"),
         ("optimizer:", "optimizer", "mapping of name, lr, betas", "null"),
         ("optimizer: {lr: -1}", "optimizer.lr", "number > 0", "-1"),
         ("optimizer: {lr: .nan}", "optimizer.lr", "number > 0", ".nan"),

@@ -90,6 +90,13 @@ def test_greedy_answers_are_transformers_own_alone_and_in_a_batch(
     assert BuiltinEngine(loaded, batch_size).generate(requests, GREEDY) == expected
 
 
+def test_varlen_attention_gives_the_same_answers(
+    tiny: Path, requests: list[Request], expected: list[Joke]
+) -> None:
+    varlen = load(tiny, device="cpu", dtype="fp32", attention="varlen")
+    assert BuiltinEngine(varlen).generate(requests, GREEDY) == expected
+
+
 def test_no_requests_no_answers(engine: BuiltinEngine) -> None:
     assert engine.generate([], GREEDY) == []
 

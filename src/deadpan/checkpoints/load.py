@@ -114,7 +114,7 @@ def load(
         model: A folder in any layout, a run folder, or a Hub id.
         device: auto, cpu, cuda or cuda:N.
         dtype: auto, bf16, fp16 or fp32: the type of the weights in memory.
-        attention: auto, eager, sdpa or flash.
+        attention: auto, eager, sdpa, flash or varlen.
         quantization: none or nf4, for the language model's linear layers.
         max_tiles: Overrides the checkpoint's own tile limit.
         max_length: The most tokens a sample may have.

@@ -39,7 +39,7 @@ def tell(
         int | None,
         typer.Option(help="The most tiles a picture is cut into; by default the checkpoint's own."),
     ] = None,
-    attention: Annotated[str, typer.Option(help="auto, eager, sdpa or flash.")] = "auto",
+    attention: Annotated[str, typer.Option(help="auto, eager, sdpa, flash or varlen.")] = "auto",
     dtype: Annotated[
         str, typer.Option(help="auto (bf16 on a GPU, else fp32), bf16, fp16 or fp32.")
     ] = "auto",

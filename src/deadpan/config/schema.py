@@ -104,9 +104,9 @@ class Recipe(_Section):
     model: str = Field(
         min_length=1, description="The checkpoint to start from: a folder or a Hub id."
     )
-    attention: Literal["auto", "eager", "sdpa", "flash"] = Field(
+    attention: Literal["auto", "eager", "sdpa", "flash", "varlen"] = Field(
         default="auto",
-        description="The attention kernel; auto: flash for packed rows on a GPU in bf16, else sdpa.",
+        description="The attention kernel; auto: varlen for packed rows, else sdpa.",
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         default="auto",

@@ -3,7 +3,8 @@
 `sdpa` is PyTorch's scaled_dot_product_attention, which picks its own flash or memory-efficient
 kernel where the input allows it, and runs everywhere. `eager` is the plain formula, for comparison.
 `flash` insists on a flash kernel: PyTorch's own, so there is nothing to install. It runs padded and
-packed rows as one variable-length sequence.
+packed rows as one variable-length sequence. `varlen` keeps the samples of a packed row apart without a
+mask: by that kernel where it runs, and elsewhere by taking one sample after the other.
 """
 
 from contextlib import AbstractContextManager
@@ -12,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
 from deadpan.errors import DeadpanError, did_you_mean
 
-CHOICES = ("auto", "eager", "sdpa", "flash")
+CHOICES = ("auto", "eager", "sdpa", "flash", "varlen")
 VARLEN = "deadpan_varlen"
 """Our implementation's name within transformers, which takes every name with `flash` in it for a package."""
 
@@ -43,8 +45,8 @@ def implementation(attention: str) -> str:
         raise DeadpanError(
             f"The attention {attention!r} is unknown.", fix=did_you_mean(attention, CHOICES)
         )
-    if attention == "flash":
-        if not torch.cuda.is_available():
+    if attention in ("flash", "varlen"):
+        if attention == "flash" and not torch.cuda.is_available():
             raise DeadpanError(
                 "Flash attention needs a CUDA device, and there is none.",
                 fix="use --attention sdpa, which picks the fastest kernel that runs here",
@@ -53,7 +55,7 @@ def implementation(attention: str) -> str:
     return "sdpa" if attention == "auto" else attention
 
 
-def _flash_forward(
+def _varlen_forward(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -66,34 +68,20 @@ def _flash_forward(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention over (batch, head, token, dim); returns (batch, token, head, dim)."""
-    causal = bool(module.is_causal if is_causal is None else is_causal)
+    causal = bool(module.is_causal if is_causal is None else is_causal) and query.shape[2] > 1
     batch, heads, width, dim = query.shape
     if attention_mask is None and cu_seq_lens_q is None:
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION]) if _has_flash(query) else kernels():
             out = nn.functional.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                is_causal=causal and width > 1,
-                scale=scaling,
-                enable_gqa=key.shape[1] != heads,
+                query, key, value, is_causal=causal, scale=scaling, enable_gqa=key.shape[1] != heads
             )
         return out.transpose(1, 2).contiguous(), None
-    from torch.nn.attention.varlen import varlen_attn
-
     groups = heads // key.shape[1]
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))  # (batch, token, head, dim)
     k, v = (t.repeat_interleave(groups, dim=2) if groups > 1 else t for t in (k, v))
-
-    def variable_length(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: Any, longest: Any
-    ) -> Any:
-        window = (-1, 0) if causal and width > 1 else (-1, -1)
-        return varlen_attn(q, k, v, *starts, *longest, scale=scaling, window_size=window)
-
     if cu_seq_lens_q is not None:
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-        out = variable_length(q, k, v, [cu_seq_lens_q] * 2, [max_length_q] * 2)
+        out = _apart(q, k, v, [cu_seq_lens_q] * 2, [max_length_q] * 2, causal, scaling)
         return out.view(batch, width, heads, dim), None
     assert attention_mask is not None
     keep_k = attention_mask.bool()  # (batch, key token)
@@ -101,11 +89,56 @@ def _flash_forward(
     lengths = [keep.sum(dim=1, dtype=torch.int32) for keep in (keep_q, keep_k)]
     starts = [nn.functional.pad(n.cumsum(0, dtype=torch.int32), (1, 0)) for n in lengths]
     longest = [int(n.max()) for n in lengths]
-    packed = variable_length(q[keep_q], k[keep_k], v[keep_k], starts, longest)
+    packed = _apart(q[keep_q], k[keep_k], v[keep_k], starts, longest, causal, scaling)
     out = packed.new_zeros(batch, width, heads, dim)
     out[keep_q] = packed
     return out, None
 
 
-AttentionInterface.register(VARLEN, _flash_forward)
+def _has_flash(query: torch.Tensor) -> bool:
+    """Whether PyTorch's flash kernels take this tensor's device and type."""
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+
+
+def _apart(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    starts: list[torch.Tensor],
+    longest: list[int | None],
+    causal: bool,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attention of samples laid end to end, each within itself.
+
+    Args:
+        q: Of shape (token, head, dim); k and v the same, with tokens of their own.
+        starts: Where samples start in q and in k, and the end: int32 of shape (samples + 1).
+        longest: The longest sample in q and in k.
+        causal: Whether a token sees only what precedes it; the last tokens of q and k are at the same place.
+        scaling: What the products are multiplied by.
+    """
+    if _has_flash(q):
+        from torch.nn.attention.varlen import varlen_attn
+
+        window = (-1, 0) if causal else (-1, -1)
+        return varlen_attn(q, k, v, *starts, *longest, scale=scaling, window_size=window)
+    lengths = [start.diff().tolist() for start in starts]
+    samples = (
+        t.transpose(0, 1).split(n, dim=1)  # (head, token, dim)
+        for t, n in zip((q, k, v), (lengths[0], lengths[1], lengths[1]), strict=True)
+    )
+    alone = [
+        nn.functional.scaled_dot_product_attention(
+            *(t.unsqueeze(0) for t in sample),
+            attn_mask=causal_lower_right(n, m) if causal and n != m else None,
+            is_causal=causal and n == m,
+            scale=scaling,
+        ).squeeze(0)
+        for n, m, sample in zip(*lengths, zip(*samples, strict=True), strict=True)
+    ]
+    return torch.cat(alone, dim=1).transpose(0, 1)
+
+
+AttentionInterface.register(VARLEN, _varlen_forward)
 AttentionMaskInterface.register(VARLEN, flash_attention_mask)

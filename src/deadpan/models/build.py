@@ -19,7 +19,7 @@ def build_empty(config: InternVLConfig, attention: str) -> InternVLForConditiona
 
     Args:
         config: The configuration.
-        attention: auto, eager, sdpa or flash.
+        attention: auto, eager, sdpa, flash or varlen.
     """
     config._attn_implementation = implementation(attention)
     with init_empty_weights(include_buffers=False):

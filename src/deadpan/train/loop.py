@@ -141,12 +141,9 @@ class Trainer:
         return model.train()
 
     def _attention(self) -> str:
-        """`auto` takes the flash kernel for packed rows, which `sdpa` keeps apart by a full mask."""
-        recipe = self.recipe
-        sixteen_bits = self.dtype is torch.bfloat16 and self.device.type == "cuda"
-        if recipe.attention == "auto" and recipe.packing and sixteen_bits:
-            return "flash"
-        return recipe.attention
+        """`auto` keeps the samples of packed rows apart without a mask, which takes time and memory."""
+        auto = self.recipe.attention == "auto" and self.recipe.packing
+        return "varlen" if auto else self.recipe.attention
 
     def _prepare(self) -> None:
         recipe = self.recipe
