@@ -18,6 +18,7 @@ from deadpan.data.records import Turn
 from deadpan.data.records import load as load_records
 from deadpan.models import lora
 from deadpan.models.answer_loss import AnswerLoss, plain_model
+from deadpan.models.attention import VARLEN
 from deadpan.models.build import checkpoint_layers
 from deadpan.processing.collate import Batch, collate
 from deadpan.processing.encoding import IGNORE_INDEX
@@ -77,6 +78,9 @@ def run(
     total = torch.zeros(())
     for one in batches:
         if full:
+            attention = plain_model(model).config._attn_implementation
+            if attention == VARLEN:  # whose packed rows only our loss knows how to announce
+                plain_model(model).set_attn_implementation("sdpa")
             mean = plain_model(model)(
                 input_ids=one.input_ids,
                 pixel_values=one.pixel_values,
@@ -84,6 +88,7 @@ def run(
                 labels=one.labels,
                 use_cache=False,  # with a cache, transformers takes a packed row for one sample
             ).loss
+            plain_model(model).set_attn_implementation(attention)
             loss = mean * one.supervised
         else:
             inputs = (one.input_ids, one.labels, one.position_ids, one.pixel_values)

@@ -112,7 +112,9 @@ def _apart(
     """Attention of samples laid end to end, each within itself.
 
     Args:
-        q: Of shape (token, head, dim); k and v the same, with tokens of their own.
+        q: Of shape (token, head, dim).
+        k: The same, with tokens of its own.
+        v: The same as k.
         starts: Where samples start in q and in k, and the end: int32 of shape (samples + 1).
         longest: The longest sample in q and in k.
         causal: Whether a token sees only what precedes it; the last tokens of q and k are at the same place.
