@@ -7,6 +7,7 @@ packed rows as one variable-length sequence. `varlen` keeps the samples of a pac
 mask: by that kernel where it runs, and elsewhere by taking one sample after the other.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -104,8 +105,8 @@ def _apart(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    starts: list[torch.Tensor],
-    longest: list[int | None],
+    starts: Sequence[torch.Tensor],
+    longest: Sequence[int | None],
     causal: bool,
     scaling: float | None,
 ) -> torch.Tensor:
@@ -124,20 +125,28 @@ def _apart(
         from torch.nn.attention.varlen import varlen_attn
 
         window = (-1, 0) if causal else (-1, -1)
-        return varlen_attn(q, k, v, *starts, *longest, scale=scaling, window_size=window)
+        of_kernel: Any = (
+            varlen_attn  # its annotation is wider than what it returns without `return_aux`
+        )
+        return of_kernel(q, k, v, *starts, *longest, scale=scaling, window_size=window)
     lengths = [start.diff().tolist() for start in starts]
-    samples = (
-        t.transpose(0, 1).split(n, dim=1)  # (head, token, dim)
-        for t, n in zip((q, k, v), (lengths[0], lengths[1], lengths[1]), strict=True)
+    samples = zip(
+        *lengths,
+        q.transpose(0, 1).split(lengths[0], dim=1),  # each (head, token, dim)
+        k.transpose(0, 1).split(lengths[1], dim=1),
+        v.transpose(0, 1).split(lengths[1], dim=1),
+        strict=True,
     )
     alone = [
         nn.functional.scaled_dot_product_attention(
-            *(t.unsqueeze(0) for t in sample),
+            one_q[None],
+            one_k[None],
+            one_v[None],
             attn_mask=causal_lower_right(n, m) if causal and n != m else None,
             is_causal=causal and n == m,
             scale=scaling,
-        ).squeeze(0)
-        for n, m, sample in zip(*lengths, zip(*samples, strict=True), strict=True)
+        )[0]
+        for n, m, one_q, one_k, one_v in samples
     ]
     return torch.cat(alone, dim=1).transpose(0, 1)
 
