@@ -1,0 +1,670 @@
+"""Translate an XTuner 0.1 config for InternVL into a recipe.
+
+What the settings mean is read off XTuner 0.1 and mmengine, which it runs on:
+`xtuner/model/internvl.py`, `xtuner/model/utils.py`, `xtuner/dataset/internvl_dataset.py` (InternLM/xtuner at
+030db27b) and mmengine's runner, optimizer wrapper and schedulers (open-mmlab/mmengine at 8593691c). In short:
+
+- An iteration is one micro-batch. Intervals and `max_iters` count iterations, so a step of the optimizer is
+  `accumulative_counts` of them.
+- `lr` is the peak rate as it stands: nothing scales it with the batch or the number of GPUs.
+- The warm-up is given in epochs and turned into iterations: only its share of the run matters.
+- The projector (`mlp1`) is always trained.
+- The tile limit is the checkpoint's own `max_dynamic_patch`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from deadpan.config.loader import parse_overrides, parse_recipe, yaml_line
+from deadpan.config.schema import Optimizer, keys
+from deadpan.config.static_python import Dotted, Node, StaticConfig, Unknown, read_file, read_text
+from deadpan.errors import DeadpanError
+
+OPTIMIZERS = {
+    "AdamW": "adamw",
+    "DAdaptAdam": "dadapt_adam",
+    "Prodigy": "prodigy",
+    "AdamWScheduleFree": "schedulefree_adamw",
+}
+"""XTuner takes any optimizer class; these are the ones that deadpan has, or may come to have."""
+
+_OPTIMIZER_DEFAULTS: dict[str, dict[str, float]] = {
+    "adamw": {"lr": 1e-3, "weight_decay": 0.01},
+    "dadapt_adam": {"lr": 1.0, "weight_decay": 0.0},
+    "prodigy": {"lr": 1.0, "weight_decay": 0.0},
+    "schedulefree_adamw": {"lr": 0.0025, "weight_decay": 0.0},
+}
+"""What the classes do where a config says nothing (torch 2.13, dadaptation 3.2, prodigyopt 1.1, schedulefree 1.4)."""
+
+_PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0}
+"""What PEFT's LoraConfig does where a config says nothing."""
+
+_TARGETS = {
+    "wqkv": ["q_proj", "k_proj", "v_proj"],
+    "wo": ["o_proj"],
+    "w1": ["gate_proj"],
+    "w2": ["down_proj"],
+    "w3": ["up_proj"],
+}
+_HEADS = ("output", "lm_head")
+_NEVER = 1_000_000
+"""For a limit that XTuner does not have and that deadpan cannot leave out."""
+
+_HELPERS = frozenset(
+    "path data_root data_path image_folder prompt_template max_length batch_size accumulative_counts "
+    "dataloader_num_workers max_epochs optim_type lr betas weight_decay max_norm warmup_ratio save_steps "
+    "save_total_limit evaluation_freq evaluation_images evaluation_inputs SYSTEM llava_dataset "
+    "sequence_parallel_size".split()
+)
+"""Names that XTuner's own configs give to values used further down. A config that mmengine wrote has the values
+in both places."""
+
+_NOTHING_NEEDED = (
+    "model.llm_lora.task_type",
+    "train_dataloader.collate_fn",
+    "train_dataloader.pin_memory",
+    "train_dataloader.persistent_workers",
+    "train_dataloader.sampler.length_property",
+    "train_dataloader.sampler.per_device_batch_size",
+    "optim_wrapper.clip_grad.error_if_nonfinite",
+    "optim_wrapper.loss_scale",
+    "train_cfg.type",
+    "train_cfg.val_interval",
+    "default_hooks.timer",
+    "default_hooks.logger",
+    "default_hooks.param_scheduler",
+    "default_hooks.sampler_seed",
+    "default_hooks.checkpoint.type",
+    "default_hooks.checkpoint.by_epoch",
+    "custom_imports",
+    "default_scope",
+    "env_cfg",
+    "launcher",
+    "log_level",
+    "log_processor",
+    "runner_type",
+    "strategy",
+    "tokenizer",
+)
+"""What has no bearing on the result, or what deadpan does by itself."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key of the recipe and where its value comes from."""
+
+    key: str
+    value: Any
+    source: str
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """Something of the config that the recipe does not say, or that deadpan does otherwise."""
+
+    path: str
+    line: int | None
+    value: str
+    reason: str
+
+    def __str__(self) -> str:
+        place = f" (line {self.line})" if self.line else ""
+        return f"{self.path}{place}: {self.value}: {self.reason}"
+
+
+@dataclass
+class Translation:
+    """A config as a recipe.
+
+    Attributes:
+        config: The config's name.
+        settings: What differs from deadpan's defaults, in the schema's order.
+        same: What is as in deadpan's defaults.
+        leftovers: What has no equivalent, or another meaning.
+        needless: What deadpan does by itself.
+    """
+
+    config: str
+    settings: list[Setting]
+    same: list[Setting]
+    leftovers: list[Leftover]
+    needless: list[str]
+
+    def report(self) -> list[str]:
+        """What happened to every setting of the config, in lines."""
+        lines = ["Not carried over, or done otherwise:"] if self.leftovers else []
+        lines += [f"- {leftover}" for leftover in self.leftovers]
+        if self.same:
+            lines.append("As deadpan's defaults, so not written:")
+            lines += [f"- {s.key}: {yaml_line(s.value)} ({s.source})" for s in self.same]
+        if self.needless:
+            lines.append("Nothing to carry over: " + ", ".join(self.needless))
+        return lines
+
+    def text(self) -> str:
+        """The recipe as YAML, with comments that say where each line came from."""
+        lines = [f"# {self.config}, a config of XTuner's, as a recipe.", ""]
+        section = ""
+        for setting in self.settings:
+            above, _, leaf = setting.key.rpartition(".")
+            if above and above != section:
+                lines.append(f"{above}:")
+            section = above
+            indent = "  " if above else ""
+            lines.append(f"{indent}{leaf}: {yaml_line(setting.value)}  # {setting.source}")
+        comment = "\n".join(self.report())
+        lines += ["", *(f"# {line}" for line in comment.splitlines())]
+        return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class LoraFacts:
+    """What a config says about the LoRA that a checkpoint of it holds; None where it says nothing.
+
+    Attributes:
+        r: The rank.
+        lora_alpha: The numerator of the scale.
+        lora_dropout: Dropout in training.
+        use_rslora: Whether the scale is lora_alpha / sqrt(r).
+        quantization: none or nf4: how the language model was held in training.
+        model: The base model.
+    """
+
+    r: int
+    lora_alpha: int
+    lora_dropout: float
+    use_rslora: bool
+    quantization: str
+    model: str | None
+
+
+def import_config(path: Path, overrides: Sequence[str] = ()) -> Translation:
+    """Translate a config file.
+
+    Args:
+        path: The Python file; it is parsed, never run.
+        overrides: `key=value` of the recipe, which replace what the config says or leaves unclear.
+
+    Raises:
+        DeadpanError: If it is no InternVL config with LoRA, or a value that the recipe needs can neither be read
+            nor expressed; all such values are in one message.
+    """
+    return _Translator(read_file(path), path.name, parse_overrides(overrides)).translate()
+
+
+def lora_facts(source: Path | str, where: str) -> LoraFacts:
+    """What a config, a file or its text, says about its LoRA.
+
+    Raises:
+        DeadpanError: If it says nothing, or its values cannot be read.
+    """
+    config = read_file(source) if isinstance(source, Path) else read_text(source, where)
+    translator = _Translator(config, where, {})
+    translator.model()
+    translator.lora()
+    translator.stop_if_unclear(
+        ["lora.r", "lora.lora_alpha", "lora.lora_dropout", "quantization"], "pass --lora-alpha"
+    )
+    said = translator.said
+    model = said.get("model")
+    rslora = config.find("model.llm_lora.use_rslora")
+    return LoraFacts(
+        r=said["lora.r"].value,
+        lora_alpha=said["lora.lora_alpha"].value,
+        lora_dropout=said["lora.lora_dropout"].value,
+        use_rslora=rslora is not None and rslora.value is True,
+        quantization=said["quantization"].value,
+        model=model.value if model else None,
+    )
+
+
+_MISSING: Any = object()
+_ROOTS = frozenset(
+    "model train_dataloader optim_wrapper param_scheduler train_cfg default_hooks custom_hooks randomness load_from "
+    "resume visualizer work_dir strategy".split()
+)
+_REASONS = {
+    "visualizer": "deadpan plot draws the curves of any run",
+    "load_from": "import the checkpoint with deadpan import-xtuner; training starts from a base model",
+    "resume": "deadpan train --resume goes on with a run of its own",
+    "val_": "deadpan evaluate measures a trained model",
+    "test_": "deadpan evaluate measures a trained model",
+    "auto_scale_lr": "deadpan uses lr as it stands",
+}
+
+
+@dataclass
+class _Translator:
+    """Goes through a config, section by section.
+
+    Attributes:
+        config: The config.
+        name: Its name, for messages.
+        given: Keys of the recipe from the command line.
+    """
+
+    config: StaticConfig
+    name: str
+    given: dict[str, Any]
+    said: dict[str, Setting] = field(default_factory=dict)
+    _unclear: dict[str, str] = field(default_factory=dict)
+    _left: list[Leftover] = field(default_factory=list)
+    _seen: set[str] = field(default_factory=set)
+
+    def translate(self) -> Translation:
+        self.model()
+        self.lora()
+        self._dataset()
+        self._optimizer()
+        self._length()
+        self._schedule()
+        self._saving()
+        self._runtime()
+        for key, value in self.given.items():
+            self.said[key] = Setting(key, value, "given on the command line")
+            self._unclear.pop(key, None)
+        self.stop_if_unclear(
+            list(self._unclear), f"give what is meant: deadpan recipe import {self.name} KEY=VALUE"
+        )
+        needless = self._leave_the_rest()
+        known = keys()
+        order = sorted(self.said.values(), key=lambda s: [*known, s.key].index(s.key))
+        settings, same = [], []
+        for setting in order:
+            key = known.get(setting.key)
+            as_default = key and not key.required and setting.value == key.default
+            (same if as_default else settings).append(setting)
+        translation = Translation(self.name, settings, same, self._left, needless)
+        parse_recipe(translation.text(), f"recipe made from {self.config.where}")
+        return translation
+
+    def stop_if_unclear(self, wanted: Sequence[str], fix: str) -> None:
+        """Stop if one of these keys of the recipe has no certain value."""
+        unclear = {key: self._unclear[key] for key in wanted if key in self._unclear}
+        if unclear:
+            raise DeadpanError(
+                "The config leaves open what the recipe needs.",
+                where=self.config.where,
+                found="".join(f"\n    {key}: {reason}" for key, reason in unclear.items()),
+                fix=fix,
+            )
+
+    def model(self) -> None:
+        """The base model, what of it is trained, and how it is held."""
+        kind = self._kind("model.type")
+        if kind != "InternVL_V1_5":
+            raise DeadpanError(
+                "The config is not one of XTuner's for InternVL.",
+                where=self.config.where,
+                expected="model = dict(type=InternVL_V1_5, ...)",
+                found=f"model.type {kind}" if kind else "no model.type",
+            )
+        self._carry("model.model_path", "model", str)
+        quantized = self._plain("model.quantization_llm", False)
+        node = self.config.find("model.quantization_llm")
+        if isinstance(quantized, bool):
+            source = self._source("model.quantization_llm") if node else "model.quantization_llm is not set"
+            self._say("quantization", "nf4" if quantized else "none", source)
+            if quantized:
+                self._leave(
+                    "model.quantization_llm",
+                    "the output head was held in NF4 too, and computed in float16; deadpan leaves the head as it is",
+                )
+        else:
+            self._doubt("quantization", "model.quantization_llm")
+        self._say("train_projector", True, "XTuner always trains mlp1")
+        self._seen |= {"model.type", "model.freeze_llm", "model.freeze_visual_encoder"}
+        if self._plain("model.freeze_visual_encoder", False) is not True:
+            self._leave(
+                "model.freeze_visual_encoder", "the vision tower was trained; deadpan keeps it frozen"
+            )
+        for path, reason in (
+            ("model.visual_encoder_lora", "deadpan trains no LoRA on the vision tower"),
+            ("model.pretrained_pth", "training starts from a base model; deadpan import-xtuner reads checkpoints"),
+        ):
+            if self._plain(path, None) is not None:
+                self._leave(path, reason)
+        self._seen.add("model.quantization_vit")
+        if self._plain("model.quantization_vit", False) is not False:
+            self._leave("model.quantization_vit", "deadpan does not quantise the vision tower")
+
+    def lora(self) -> None:
+        """The adapter of the language model."""
+        top = "model.llm_lora"
+        if not isinstance(self._plain(top, None), dict) or self._kind(f"{top}.type") != "LoraConfig":
+            found = self._plain(top, None)
+            raise DeadpanError(
+                "The config trains without a LoRA on the language model, and deadpan trains one.",
+                where=self.config.where,
+                expected="model.llm_lora = dict(type=LoraConfig, ...)",
+                found=_in_words(found) if found is not None else "no model.llm_lora",
+                fix="start from a recipe with LoRA: deadpan recipe copy internvl2-2b-lora .",
+            )
+        self._seen.add(f"{top}.type")
+        self._carry(f"{top}.r", "lora.r", int, _PEFT_DEFAULTS["r"])
+        self._carry(f"{top}.lora_alpha", "lora.lora_alpha", int, _PEFT_DEFAULTS["lora_alpha"])
+        self._carry(f"{top}.lora_dropout", "lora.lora_dropout", float, _PEFT_DEFAULTS["lora_dropout"])
+        for name, harmless in (("bias", "none"), ("init_lora_weights", True), ("inference_mode", False)):
+            if self._plain(f"{top}.{name}", harmless) == harmless:
+                self._seen.add(f"{top}.{name}")
+        for name in ("use_rslora", "use_dora"):
+            if self._plain(f"{top}.{name}", False) is False:
+                self._seen.add(f"{top}.{name}")
+        self._targets(f"{top}.target_modules")
+
+    def _targets(self, path: str) -> None:
+        targets = self._plain(path, None)
+        self._seen.add(path)
+        if targets is None or targets == "all-linear":
+            self._say("lora.target_modules", "all-linear", self._source(path))
+            names, head = ["wqkv"], targets is None and not self._template_names("phi3")
+        elif isinstance(targets, list) and all(isinstance(t, str) for t in targets):
+            names = [target.rpartition(".")[2] for target in targets]
+            head = any(name in _HEADS for name in names)
+            ours = [our for name in names if name not in _HEADS for our in _TARGETS.get(name, [name])]
+            self._say("lora.target_modules", ours, self._source(path))
+        else:
+            self._doubt("lora.target_modules", path)
+            return
+        if head:
+            self._leave(
+                path,
+                "with InternLM2, the output head got a LoRA too; deadpan's goes on decoder layers only",
+            )
+        if "wqkv" in names and not self._template_names("phi3"):
+            self._leave(
+                path,
+                "InternLM2's fused wqkv had one LoRA of rank r; here q_proj, k_proj and v_proj have one each",
+            )
+
+    def _template_names(self, family: str) -> bool:
+        template = str(self._plain("train_dataloader.dataset.template", ""))
+        return template.rpartition(".")[2].startswith(family)
+
+    def _dataset(self) -> None:
+        top = "train_dataloader.dataset"
+        kind = self._kind(f"{top}.type")
+        if kind != "InternVL_V1_5_Dataset":
+            self._unclear["data.train"] = f"{top}.type is {kind or 'not set'}, which deadpan does not know"
+        else:
+            self._seen.add(f"{top}.type")
+            self._one_file(f"{top}.data_paths", "data.train", "join the record files into one")
+            self._one_file(f"{top}.image_folders", "data.images", "join the picture folders into one")
+            self._carry(f"{top}.max_length", "max_length", int, 8192)
+            self._leave(
+                f"{top}.max_length",
+                "longer samples were cut, answers included; deadpan refuses them, or skips them on data.overlong=skip",
+            )
+            if self._plain(f"{top}.repeat_times", 1) in (1, [1]):
+                self._seen.add(f"{top}.repeat_times")
+            self._leave(
+                f"{top}.template",
+                "XTuner put a system sentence of its own before each conversation; deadpan takes sentence and template "
+                "from the checkpoint, in training as in serving",
+            )
+        other = self._plain(f"{top}.model_path", None)
+        if other is None or other == self._plain("model.model_path", None):
+            self._seen.add(f"{top}.model_path")
+        self._carry("train_dataloader.batch_size", "micro_batch_size", int, 1)
+        self._carry("train_dataloader.num_workers", "data.workers", int, 0)
+        sampler = self._kind("train_dataloader.sampler.type")
+        self._seen |= {"train_dataloader.sampler.type", "train_dataloader.sampler.shuffle"}
+        if sampler == "LengthGroupedSampler":
+            self._leave(
+                "train_dataloader.sampler.type",
+                "samples of like length were put together; deadpan's epochs are plain permutations",
+            )
+        elif sampler != "DefaultSampler" or self._plain("train_dataloader.sampler.shuffle", True) is not True:
+            self._leave("train_dataloader.sampler", "deadpan shuffles every epoch")
+
+    def _one_file(self, path: str, key: str, fix: str) -> None:
+        value = self._plain(path, None)
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        if isinstance(value, list) and len(set(map(str, value))) > 1:
+            self._seen.add(path)
+            self._unclear[key] = f"{path} names {len(value)}, deadpan takes one: {fix}"
+        elif value is None and key == "data.images":
+            self._seen.add(path)
+        elif isinstance(value, str):
+            self._seen.add(path)
+            self._say(key, value, self._source(path))
+        else:
+            self._doubt(key, path)
+
+    def _optimizer(self) -> None:
+        top = "optim_wrapper.optimizer"
+        kind = self._kind(f"{top}.type")
+        name = OPTIMIZERS.get(kind or "")
+        offered = get_args(Optimizer.model_fields["name"].annotation)
+        self._seen.add(f"{top}.type")
+        if name in offered:
+            self._say("optimizer.name", name, self._source(f"{top}.type"))
+        else:
+            self._unclear["optimizer.name"] = (
+                f"{self._source(f'{top}.type')} is {kind or 'not set'}, and deadpan has {', '.join(offered)}"
+            )
+        defaults = _OPTIMIZER_DEFAULTS[name or "adamw"]
+        self._carry(f"{top}.lr", "optimizer.lr", float, defaults["lr"])
+        self._carry(f"{top}.betas", "optimizer.betas", list, [0.9, 0.999])
+        self._carry(f"{top}.weight_decay", "optimizer.weight_decay", float, defaults["weight_decay"])
+        self._carry(f"{top}.eps", "optimizer.eps", float, 1e-8)
+        if name == "dadapt_adam" and self._plain(f"{top}.decouple", False) is not True:
+            self._leave(f"{top}.type", "its weight decay was added to the gradient; deadpan's is decoupled")
+        self._seen.add(f"{top}.decouple")
+        clip = self._first("optim_wrapper.clip_grad.max_norm", "strategy.gradient_clipping")
+        self._carry(clip, "optimizer.max_grad_norm", float, _NEVER)
+        steps = self._first("optim_wrapper.accumulative_counts", "strategy.gradient_accumulation_steps")
+        self._carry(steps, "gradient_accumulation_steps", int, 1)
+        if self._accumulation() > 1:
+            self._leave(
+                steps,
+                "each micro-batch weighed the same; deadpan takes the mean over a step's supervised tokens",
+            )
+        self._precision()
+
+    def _precision(self) -> None:
+        self._seen |= {"optim_wrapper.type", "optim_wrapper.dtype"}
+        if self._kind("optim_wrapper.type") != "AmpOptimWrapper":
+            return
+        dtype = str(self._plain("optim_wrapper.dtype", "float16")).rpartition(".")[2]
+        if dtype == "bfloat16":
+            self._say("precision", "bf16", self._source("optim_wrapper.dtype"))
+        else:
+            self._leave(
+                "optim_wrapper.dtype",
+                "float16 with a scaled loss has no equivalent; precision is auto: bf16 where the device has it",
+            )
+
+    def _length(self) -> None:
+        iterations = self._plain("train_cfg.max_iters", None)
+        if iterations is None:
+            self._carry("train_cfg.max_epochs", "epochs", int)
+        elif type(iterations) is int:
+            source = self._source("train_cfg.max_iters")
+            steps = math.ceil(iterations / self._accumulation())
+            self._say("max_steps", steps, f"{source}, counted in micro-batches")
+            self._say("epochs", max(1, iterations), f"{source}: never fewer epochs than it takes")
+        else:
+            self._doubt("max_steps", "train_cfg.max_iters")
+        self._seen |= {"train_cfg.max_iters", "train_cfg.max_epochs"}
+
+    def _schedule(self) -> None:
+        path = "param_scheduler"
+        self._seen.add(path)
+        value = self._plain(path, None)
+        items = [value] if isinstance(value, dict) else value or []
+        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+            self._doubt("schedule.name", path)
+            return
+        kinds = [str(item.get("type")).rpartition(".")[2] for item in items]
+        warm = items[0] if kinds[:1] == ["LinearLR"] and items[0].get("end_factor", 1.0) == 1.0 else None
+        rest, rest_kinds = items[warm is not None :], kinds[warm is not None :]
+        if rest_kinds not in ([], ["CosineAnnealingLR"]):
+            self._unclear["schedule.name"] = (
+                f"{self._source(path)} is {' + '.join(kinds)}; deadpan has a linear warm-up, then cosine or constant"
+            )
+            return
+        source = self._source(path) if items else "param_scheduler is not set"
+        self._say("schedule.name", "cosine" if rest else "constant", source)
+        self._warm_up(warm, source)
+        for number, cosine in enumerate(rest, start=len(items) - 1):
+            begin, end = cosine.get("begin", 0), cosine.get("end", self._total(cosine))
+            if cosine.get("eta_min") or cosine.get("eta_min_ratio"):
+                self._leave(f"{path}.{number}.eta_min", "deadpan's cosine ends at zero")
+            if end != self._total(cosine) or begin != (warm or {}).get("end", 0) or "T_max" in cosine:
+                self._leave(
+                    f"{path}.{number}", "deadpan's cosine spans all that follows the warm-up"
+                )
+
+    def _warm_up(self, warm: dict[str, Any] | None, source: str) -> None:
+        if warm is None:
+            self._say("schedule.warmup_ratio", 0.0, f"{source}: no LinearLR")
+            return
+        end, total = warm.get("end"), self._total(warm)
+        if type(end) not in (int, float) or type(total) not in (int, float) or not total:
+            unit = "epochs" if warm.get("by_epoch", True) else "iterations"
+            self._unclear["schedule.warmup_ratio"] = (
+                f"param_scheduler.0 warms up for {_in_words(end)} {unit} of {_in_words(total)}"
+            )
+            return
+        ratio = float(f"{end / total:.12g}")  # 0.03 x 8 / 8 in floating point
+        self._say(
+            "schedule.warmup_ratio", ratio, f"{self._source('param_scheduler.0.end')}, of {total}"
+        )
+
+    def _total(self, scheduler: dict[str, Any]) -> Any:
+        """The length of the run in the scheduler's unit, as far as the config says it."""
+        by_epoch = scheduler.get("by_epoch", True)
+        return self._plain("train_cfg.max_epochs" if by_epoch else "train_cfg.max_iters", None)
+
+    def _saving(self) -> None:
+        top = "default_hooks.checkpoint"
+        interval, keep = self._plain(f"{top}.interval", -1), self._plain(f"{top}.max_keep_ckpts", -1)
+        self._seen |= {f"{top}.interval", f"{top}.max_keep_ckpts", f"{top}.save_optimizer"}
+        if type(interval) is not int:
+            self._doubt("save_every_steps", f"{top}.interval")
+        elif interval > 0 and self._plain(f"{top}.by_epoch", True) is False:
+            steps = max(1, interval // self._accumulation())
+            self._say(
+                "save_every_steps", steps, f"{self._source(f'{top}.interval')}, counted in micro-batches"
+            )
+        elif interval > 0:
+            self._leave(f"{top}.interval", "epochs; deadpan saves every save_every_steps steps")
+        if type(keep) is not int:
+            self._doubt("keep_checkpoints", f"{top}.max_keep_ckpts")
+        elif self.config.find(top) is not None:
+            source = self._source(f"{top}.max_keep_ckpts")
+            note = "" if keep > 0 else ": all are kept"
+            self._say("keep_checkpoints", keep if keep > 0 else _NEVER, source + note)
+        if self._plain(f"{top}.save_optimizer", True) is False:
+            self._leave(f"{top}.save_optimizer", "deadpan always saves what resuming needs")
+
+    def _runtime(self) -> None:
+        if self._plain("work_dir", None) is not None:
+            self._carry("work_dir", "run", str)
+        seed = self._plain("randomness.seed", None)
+        self._seen.add("randomness.seed")
+        if seed is None:
+            self._say("seed", keys()["seed"].default, "randomness.seed is None: another one each time")
+        else:
+            self._carry("randomness.seed", "seed", int)
+        for path in ("randomness.deterministic", "resume"):
+            if self._plain(path, False) is False:
+                self._seen.add(path)
+        hooks = self._plain("custom_hooks", None)
+        for number in range(len(hooks) if isinstance(hooks, list) else 0):
+            kind = self._kind(f"custom_hooks.{number}.type")
+            if kind == "EvaluateChatHook":
+                self._leave(
+                    f"custom_hooks.{number}", "deadpan tell and deadpan evaluate ask a trained model"
+                )
+            elif kind in ("DatasetInfoHook", "ThroughputHook"):
+                self._seen.add(f"custom_hooks.{number}")
+
+    def _leave_the_rest(self) -> list[str]:
+        """Report what nothing above has looked at; return what need not be looked at."""
+        needless: dict[str, None] = {}
+        for name in self.config.names:
+            if name in _HELPERS or (name in self.config.used and name not in _ROOTS):
+                continue
+            for path, node in self.config.leaves(name):
+                if node.value in (None, [], {}) or _within(path, self._seen):
+                    continue
+                if plain := _within(path, _NOTHING_NEEDED):
+                    needless[plain] = None
+                    continue
+                reason = next((r for start, r in _REASONS.items() if path.startswith(start)), None)
+                self._leave(path, reason or "deadpan has nothing like it")
+        return list(needless)
+
+    def _accumulation(self) -> int:
+        setting = self.said.get("gradient_accumulation_steps")
+        return setting.value if setting and type(setting.value) is int else 1
+
+    def _first(self, *paths: str) -> str:
+        """The first of several paths that the config has, or else the first."""
+        return next((path for path in paths if self.config.find(path)), paths[0])
+
+    def _plain(self, path: str, default: Any) -> Any:
+        node = self.config.find(path)
+        return default if node is None else node.plain()
+
+    def _kind(self, path: str) -> str | None:
+        """The name of a class, without where it is imported from."""
+        value = self._plain(path, None)
+        known = isinstance(value, str | Dotted)
+        return str(value).rpartition(".")[2] if known else None if value is None else _in_words(value)
+
+    def _source(self, path: str) -> str:
+        node = self.config.find(path)
+        return f"{path} is not set" if node is None else f"line {node.line}: {path}"
+
+    def _say(self, key: str, value: Any, source: str) -> None:
+        self.said[key] = Setting(key, value, source)
+
+    def _carry(self, path: str, key: str, kind: type, default: Any = _MISSING) -> None:
+        """Take a value over as it stands, or the one that the library has where the config is silent."""
+        self._seen.add(path)
+        value = self._plain(path, default)
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if value is _MISSING or not fits:
+            self._doubt(key, path)
+        else:
+            self._say(key, value, self._source(path))
+
+    def _doubt(self, key: str, path: str) -> None:
+        self._seen.add(path)
+        node = self.config.find(path)
+        if node is None:
+            self._unclear[key] = f"{path} is not set"
+            return
+        value = node.value
+        why = f": {value.reason}" if isinstance(value, Unknown) else ""
+        if isinstance(value, Dotted):
+            why = ": it stands in another file"
+        self._unclear[key] = f"line {node.line}: {path} is {_in_words(node.plain())}{why}"
+
+    def _leave(self, path: str, reason: str) -> None:
+        self._seen.add(path)
+        node = self.config.find(path)
+        value = "not set" if node is None else _in_words(node.plain())
+        self._left.append(Leftover(path, node and node.line, value, reason))
+
+
+def _within(path: str, above: Any) -> str | None:
+    """The one of several paths that a path is, or lies below."""
+    return next((top for top in above if path == top or path.startswith(f"{top}.")), None)
+
+
+def _in_words(value: Any) -> str:
+    """A value of the config on one short line."""
+    if isinstance(value, dict):
+        kind = value.get("type")
+        return str(kind).rpartition(".")[2] if kind is not None else f"dict of {', '.join(value)}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_in_words, value))}]"
+    return str(value) if isinstance(value, Dotted | Unknown) else repr(value)
