@@ -227,13 +227,8 @@ class _Reader:
                     self._assign(inner, items[number] if fits else Node(unknown, target.lineno))
             case ast.Subscript(value=container, slice=key):
                 inside, index = self._node(container), self._node(key).value
-                if isinstance(inside.value, dict) and isinstance(index, str):
-                    inside.value[index] = node
-                elif (
-                    isinstance(inside.value, list)
-                    and type(index) is int
-                    and -len(inside.value) <= index < len(inside.value)
-                ):
+                fits = isinstance(inside.value, dict) and isinstance(index, str)
+                if fits or _has_place(inside.value, index):
                     inside.value[index] = node
                 else:
                     self._forget_what_changes(target)
@@ -284,7 +279,7 @@ class _Reader:
                 "dict" not in self._names
             ):
                 pairs: list[tuple[ast.expr | None, ast.expr]] = [(None, arg) for arg in args]
-                pairs += [(k.arg and ast.Constant(k.arg), k.value) for k in keywords]
+                pairs += [(ast.Constant(k.arg) if k.arg else None, k.value) for k in keywords]
                 return self._dict(expression, pairs)
             case ast.Attribute(value=inner, attr=attribute):
                 base = self._node(inner).value
@@ -306,7 +301,9 @@ class _Reader:
             if isinstance(part, ast.Name):
                 self._used.add(part.id)
             self._forget(part, expression, in_place_only=True)
-        return self._unknown(expression, f"{_KINDS.get(type(expression), 'an expression')} is not run")
+        return self._unknown(
+            expression, f"{_KINDS.get(type(expression), 'an expression')} is not run"
+        )
 
     def _unknown(self, place: ast.AST, reason: str, *causes: Any) -> Node:
         """Unknown, for the reason that one of its parts is unknown, or else for its own."""
@@ -316,9 +313,7 @@ class _Reader:
         text = ast.unparse(place)
         return Node(Unknown(text, first.reason if first else reason), getattr(place, "lineno", 1))
 
-    def _dict(
-        self, place: ast.expr, pairs: list[tuple[ast.expr | None, ast.expr]]
-    ) -> Node:
+    def _dict(self, place: ast.expr, pairs: list[tuple[ast.expr | None, ast.expr]]) -> Node:
         items: dict[str, Node] = {}
         for key, expression in pairs:
             value = self._node(expression)
@@ -339,7 +334,7 @@ class _Reader:
             return Node(Dotted(f"{base}[{index!r}]"), place.lineno)
         if isinstance(base, dict) and isinstance(index, str) and index in base:
             return base[index]
-        if isinstance(base, list) and type(index) is int and -len(base) <= index < len(base):
+        if _has_place(base, index):
             return base[index]
         return self._unknown(place, "there is no such item", base, index)
 
@@ -397,6 +392,11 @@ _HARMLESS = {"dict", "float", "int", "len", "list", "max", "min", "print", "roun
 
 def _is_read_base(function: ast.expr) -> bool:
     return ast.unparse(function).rpartition(".")[2] == "read_base"
+
+
+def _has_place(value: Any, index: Any) -> bool:
+    """Whether a value is a list and an index lies in it."""
+    return isinstance(value, list) and type(index) is int and -len(value) <= index < len(value)
 
 
 def _has_star(items: list[ast.expr]) -> bool:

@@ -14,13 +14,14 @@ What the settings mean is read off XTuner 0.1 and mmengine, which it runs on:
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from deadpan.config.loader import parse_overrides, parse_recipe, yaml_line
+from deadpan.config.ledger import Ledger, Setting, Translation, in_words, within
+from deadpan.config.loader import parse_overrides, parse_recipe
 from deadpan.config.schema import Optimizer, keys
-from deadpan.config.static_python import Dotted, Node, StaticConfig, Unknown, read_file, read_text
+from deadpan.config.static_python import read_file, read_text
 from deadpan.errors import DeadpanError
 
 OPTIMIZERS = {
@@ -93,74 +94,6 @@ _NOTHING_NEEDED = (
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One key of the recipe and where its value comes from."""
-
-    key: str
-    value: Any
-    source: str
-
-
-@dataclass(frozen=True)
-class Leftover:
-    """Something of the config that the recipe does not say, or that deadpan does otherwise."""
-
-    path: str
-    line: int | None
-    value: str
-    reason: str
-
-    def __str__(self) -> str:
-        place = f" (line {self.line})" if self.line else ""
-        return f"{self.path}{place}: {self.value}: {self.reason}"
-
-
-@dataclass
-class Translation:
-    """A config as a recipe.
-
-    Attributes:
-        config: The config's name.
-        settings: What differs from deadpan's defaults, in the schema's order.
-        same: What is as in deadpan's defaults.
-        leftovers: What has no equivalent, or another meaning.
-        needless: What deadpan does by itself.
-    """
-
-    config: str
-    settings: list[Setting]
-    same: list[Setting]
-    leftovers: list[Leftover]
-    needless: list[str]
-
-    def report(self) -> list[str]:
-        """What happened to every setting of the config, in lines."""
-        lines = ["Not carried over, or done otherwise:"] if self.leftovers else []
-        lines += [f"- {leftover}" for leftover in self.leftovers]
-        if self.same:
-            lines.append("As deadpan's defaults, so not written:")
-            lines += [f"- {s.key}: {yaml_line(s.value)} ({s.source})" for s in self.same]
-        if self.needless:
-            lines.append("Nothing to carry over: " + ", ".join(self.needless))
-        return lines
-
-    def text(self) -> str:
-        """The recipe as YAML, with comments that say where each line came from."""
-        lines = [f"# {self.config}, a config of XTuner's, as a recipe.", ""]
-        section = ""
-        for setting in self.settings:
-            above, _, leaf = setting.key.rpartition(".")
-            if above and above != section:
-                lines.append(f"{above}:")
-            section = above
-            indent = "  " if above else ""
-            lines.append(f"{indent}{leaf}: {yaml_line(setting.value)}  # {setting.source}")
-        comment = "\n".join(self.report())
-        lines += ["", *(f"# {line}" for line in comment.splitlines())]
-        return "\n".join(lines) + "\n"
-
-
-@dataclass(frozen=True)
 class LoraFacts:
     """What a config says about the LoRA that a checkpoint of it holds; None where it says nothing.
 
@@ -221,12 +154,12 @@ def lora_facts(source: Path | str, where: str) -> LoraFacts:
     )
 
 
-_MISSING: Any = object()
 _ROOTS = frozenset(
     "model train_dataloader optim_wrapper param_scheduler train_cfg default_hooks custom_hooks randomness load_from "
     "resume visualizer work_dir strategy".split()
 )
 _REASONS = {
+    "work_dir": "XTuner's files are there; run says where deadpan's go",
     "visualizer": "deadpan plot draws the curves of any run",
     "load_from": "import the checkpoint with deadpan import-xtuner; training starts from a base model",
     "resume": "deadpan train --resume goes on with a run of its own",
@@ -236,23 +169,8 @@ _REASONS = {
 }
 
 
-@dataclass
-class _Translator:
-    """Goes through a config, section by section.
-
-    Attributes:
-        config: The config.
-        name: Its name, for messages.
-        given: Keys of the recipe from the command line.
-    """
-
-    config: StaticConfig
-    name: str
-    given: dict[str, Any]
-    said: dict[str, Setting] = field(default_factory=dict)
-    _unclear: dict[str, str] = field(default_factory=dict)
-    _left: list[Leftover] = field(default_factory=list)
-    _seen: set[str] = field(default_factory=set)
+class _Translator(Ledger):
+    """Goes through a config, section by section."""
 
     def translate(self) -> Translation:
         self.model()
@@ -265,36 +183,28 @@ class _Translator:
         self._runtime()
         for key, value in self.given.items():
             self.said[key] = Setting(key, value, "given on the command line")
-            self._unclear.pop(key, None)
+            self.unclear.pop(key, None)
         self.stop_if_unclear(
-            list(self._unclear), f"give what is meant: deadpan recipe import {self.name} KEY=VALUE"
+            list(self.unclear), f"give what is meant: deadpan recipe import {self.name} KEY=VALUE"
         )
         needless = self._leave_the_rest()
         known = keys()
-        order = sorted(self.said.values(), key=lambda s: [*known, s.key].index(s.key))
-        settings, same = [], []
+        order = sorted(
+            self.said.values(), key=lambda setting: [*known, setting.key].index(setting.key)
+        )
+        settings: list[Setting] = []
+        same: list[Setting] = []
         for setting in order:
-            key = known.get(setting.key)
-            as_default = key and not key.required and setting.value == key.default
+            entry = known.get(setting.key)
+            as_default = entry and not entry.required and setting.value == entry.default
             (same if as_default else settings).append(setting)
-        translation = Translation(self.name, settings, same, self._left, needless)
+        translation = Translation(self.name, settings, same, self.left, needless)
         parse_recipe(translation.text(), f"recipe made from {self.config.where}")
         return translation
 
-    def stop_if_unclear(self, wanted: Sequence[str], fix: str) -> None:
-        """Stop if one of these keys of the recipe has no certain value."""
-        unclear = {key: self._unclear[key] for key in wanted if key in self._unclear}
-        if unclear:
-            raise DeadpanError(
-                "The config leaves open what the recipe needs.",
-                where=self.config.where,
-                found="".join(f"\n    {key}: {reason}" for key, reason in unclear.items()),
-                fix=fix,
-            )
-
     def model(self) -> None:
         """The base model, what of it is trained, and how it is held."""
-        kind = self._kind("model.type")
+        kind = self.kind("model.type")
         if kind != "InternVL_V1_5":
             raise DeadpanError(
                 "The config is not one of XTuner's for InternVL.",
@@ -302,288 +212,337 @@ class _Translator:
                 expected="model = dict(type=InternVL_V1_5, ...)",
                 found=f"model.type {kind}" if kind else "no model.type",
             )
-        self._carry("model.model_path", "model", str)
-        quantized = self._plain("model.quantization_llm", False)
+        self.carry("model.model_path", "model", str)
+        quantized = self.plain("model.quantization_llm", False)
         node = self.config.find("model.quantization_llm")
         if isinstance(quantized, bool):
-            source = self._source("model.quantization_llm") if node else "model.quantization_llm is not set"
-            self._say("quantization", "nf4" if quantized else "none", source)
+            source = (
+                self.source("model.quantization_llm")
+                if node
+                else "model.quantization_llm is not set"
+            )
+            self.say("quantization", "nf4" if quantized else "none", source)
             if quantized:
-                self._leave(
+                self.leave(
                     "model.quantization_llm",
                     "the output head was held in NF4 too, and computed in float16; deadpan leaves the head as it is",
                 )
         else:
-            self._doubt("quantization", "model.quantization_llm")
-        self._say("train_projector", True, "XTuner always trains mlp1")
-        self._seen |= {"model.type", "model.freeze_llm", "model.freeze_visual_encoder"}
-        if self._plain("model.freeze_visual_encoder", False) is not True:
-            self._leave(
-                "model.freeze_visual_encoder", "the vision tower was trained; deadpan keeps it frozen"
+            self.doubt("quantization", "model.quantization_llm")
+        self.say("train_projector", True, "XTuner always trains mlp1")
+        self.seen |= {"model.type", "model.freeze_llm", "model.freeze_visual_encoder"}
+        if self.plain("model.freeze_visual_encoder", False) is not True:
+            self.leave(
+                "model.freeze_visual_encoder",
+                "the vision tower was trained; deadpan keeps it frozen",
             )
         for path, reason in (
             ("model.visual_encoder_lora", "deadpan trains no LoRA on the vision tower"),
-            ("model.pretrained_pth", "training starts from a base model; deadpan import-xtuner reads checkpoints"),
+            (
+                "model.pretrained_pth",
+                "training starts from a base model; deadpan import-xtuner reads checkpoints",
+            ),
         ):
-            if self._plain(path, None) is not None:
-                self._leave(path, reason)
-        self._seen.add("model.quantization_vit")
-        if self._plain("model.quantization_vit", False) is not False:
-            self._leave("model.quantization_vit", "deadpan does not quantise the vision tower")
+            if self.plain(path, None) is not None:
+                self.leave(path, reason)
+        self.seen.add("model.quantization_vit")
+        if self.plain("model.quantization_vit", False) is not False:
+            self.leave("model.quantization_vit", "deadpan does not quantise the vision tower")
 
     def lora(self) -> None:
         """The adapter of the language model."""
         top = "model.llm_lora"
-        if not isinstance(self._plain(top, None), dict) or self._kind(f"{top}.type") != "LoraConfig":
-            found = self._plain(top, None)
+        if not isinstance(self.plain(top, None), dict) or self.kind(f"{top}.type") != "LoraConfig":
+            found = self.plain(top, None)
             raise DeadpanError(
                 "The config trains without a LoRA on the language model, and deadpan trains one.",
                 where=self.config.where,
                 expected="model.llm_lora = dict(type=LoraConfig, ...)",
-                found=_in_words(found) if found is not None else "no model.llm_lora",
+                found=in_words(found) if found is not None else "no model.llm_lora",
                 fix="start from a recipe with LoRA: deadpan recipe copy internvl2-2b-lora .",
             )
-        self._seen.add(f"{top}.type")
-        self._carry(f"{top}.r", "lora.r", int, _PEFT_DEFAULTS["r"])
-        self._carry(f"{top}.lora_alpha", "lora.lora_alpha", int, _PEFT_DEFAULTS["lora_alpha"])
-        self._carry(f"{top}.lora_dropout", "lora.lora_dropout", float, _PEFT_DEFAULTS["lora_dropout"])
-        for name, harmless in (("bias", "none"), ("init_lora_weights", True), ("inference_mode", False)):
-            if self._plain(f"{top}.{name}", harmless) == harmless:
-                self._seen.add(f"{top}.{name}")
+        self.seen.add(f"{top}.type")
+        self.carry(f"{top}.r", "lora.r", int, _PEFT_DEFAULTS["r"])
+        self.carry(f"{top}.lora_alpha", "lora.lora_alpha", int, _PEFT_DEFAULTS["lora_alpha"])
+        self.carry(
+            f"{top}.lora_dropout", "lora.lora_dropout", float, _PEFT_DEFAULTS["lora_dropout"]
+        )
+        for name, harmless in (
+            ("bias", "none"),
+            ("init_lora_weights", True),
+            ("inference_mode", False),
+        ):
+            if self.plain(f"{top}.{name}", harmless) == harmless:
+                self.seen.add(f"{top}.{name}")
         for name in ("use_rslora", "use_dora"):
-            if self._plain(f"{top}.{name}", False) is False:
-                self._seen.add(f"{top}.{name}")
+            if self.plain(f"{top}.{name}", False) is False:
+                self.seen.add(f"{top}.{name}")
         self._targets(f"{top}.target_modules")
 
     def _targets(self, path: str) -> None:
-        targets = self._plain(path, None)
-        self._seen.add(path)
+        targets = self.plain(path, None)
+        self.seen.add(path)
         if targets is None or targets == "all-linear":
-            self._say("lora.target_modules", "all-linear", self._source(path))
+            self.say("lora.target_modules", "all-linear", self.source(path))
             names, head = ["wqkv"], targets is None and not self._template_names("phi3")
         elif isinstance(targets, list) and all(isinstance(t, str) for t in targets):
             names = [target.rpartition(".")[2] for target in targets]
             head = any(name in _HEADS for name in names)
-            ours = [our for name in names if name not in _HEADS for our in _TARGETS.get(name, [name])]
-            self._say("lora.target_modules", ours, self._source(path))
+            ours = [
+                our for name in names if name not in _HEADS for our in _TARGETS.get(name, [name])
+            ]
+            self.say("lora.target_modules", ours, self.source(path))
         else:
-            self._doubt("lora.target_modules", path)
+            self.doubt("lora.target_modules", path)
             return
         if head:
-            self._leave(
+            self.leave(
                 path,
                 "with InternLM2, the output head got a LoRA too; deadpan's goes on decoder layers only",
             )
         if "wqkv" in names and not self._template_names("phi3"):
-            self._leave(
+            self.leave(
                 path,
                 "InternLM2's fused wqkv had one LoRA of rank r; here q_proj, k_proj and v_proj have one each",
             )
 
     def _template_names(self, family: str) -> bool:
-        template = str(self._plain("train_dataloader.dataset.template", ""))
+        template = str(self.plain("train_dataloader.dataset.template", ""))
         return template.rpartition(".")[2].startswith(family)
 
     def _dataset(self) -> None:
         top = "train_dataloader.dataset"
-        kind = self._kind(f"{top}.type")
+        kind = self.kind(f"{top}.type")
         if kind != "InternVL_V1_5_Dataset":
-            self._unclear["data.train"] = f"{top}.type is {kind or 'not set'}, which deadpan does not know"
+            self.unclear["data.train"] = (
+                f"{top}.type is {kind or 'not set'}, which deadpan does not know"
+            )
         else:
-            self._seen.add(f"{top}.type")
+            self.seen.add(f"{top}.type")
             self._one_file(f"{top}.data_paths", "data.train", "join the record files into one")
-            self._one_file(f"{top}.image_folders", "data.images", "join the picture folders into one")
-            self._carry(f"{top}.max_length", "max_length", int, 8192)
-            self._leave(
+            self._one_file(
+                f"{top}.image_folders", "data.images", "join the picture folders into one"
+            )
+            self.carry(f"{top}.max_length", "max_length", int, 8192)
+            self.leave(
                 f"{top}.max_length",
                 "longer samples were cut, answers included; deadpan refuses them, or skips them on data.overlong=skip",
             )
-            if self._plain(f"{top}.repeat_times", 1) in (1, [1]):
-                self._seen.add(f"{top}.repeat_times")
-            self._leave(
+            if self.plain(f"{top}.repeat_times", 1) in (1, [1]):
+                self.seen.add(f"{top}.repeat_times")
+            self.leave(
                 f"{top}.template",
                 "XTuner put a system sentence of its own before each conversation; deadpan takes sentence and template "
                 "from the checkpoint, in training as in serving",
             )
-        other = self._plain(f"{top}.model_path", None)
-        if other is None or other == self._plain("model.model_path", None):
-            self._seen.add(f"{top}.model_path")
-        self._carry("train_dataloader.batch_size", "micro_batch_size", int, 1)
-        self._carry("train_dataloader.num_workers", "data.workers", int, 0)
-        sampler = self._kind("train_dataloader.sampler.type")
-        self._seen |= {"train_dataloader.sampler.type", "train_dataloader.sampler.shuffle"}
+        other = self.plain(f"{top}.model_path", None)
+        if other is None or other == self.plain("model.model_path", None):
+            self.seen.add(f"{top}.model_path")
+        self.carry("train_dataloader.batch_size", "micro_batch_size", int, 1)
+        self.carry("train_dataloader.num_workers", "data.workers", int, 0)
+        sampler = self.kind("train_dataloader.sampler.type")
+        self.seen |= {"train_dataloader.sampler.type", "train_dataloader.sampler.shuffle"}
         if sampler == "LengthGroupedSampler":
-            self._leave(
+            self.leave(
                 "train_dataloader.sampler.type",
                 "samples of like length were put together; deadpan's epochs are plain permutations",
             )
-        elif sampler != "DefaultSampler" or self._plain("train_dataloader.sampler.shuffle", True) is not True:
-            self._leave("train_dataloader.sampler", "deadpan shuffles every epoch")
+        elif (
+            sampler != "DefaultSampler"
+            or self.plain("train_dataloader.sampler.shuffle", True) is not True
+        ):
+            self.leave("train_dataloader.sampler", "deadpan shuffles every epoch")
 
     def _one_file(self, path: str, key: str, fix: str) -> None:
-        value = self._plain(path, None)
+        value = self.plain(path, None)
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
         if isinstance(value, list) and len(set(map(str, value))) > 1:
-            self._seen.add(path)
-            self._unclear[key] = f"{path} names {len(value)}, deadpan takes one: {fix}"
+            self.seen.add(path)
+            self.unclear[key] = f"{path} names {len(value)}, deadpan takes one: {fix}"
         elif value is None and key == "data.images":
-            self._seen.add(path)
+            self.seen.add(path)
         elif isinstance(value, str):
-            self._seen.add(path)
-            self._say(key, value, self._source(path))
+            self.seen.add(path)
+            self.say(key, value, self.source(path))
         else:
-            self._doubt(key, path)
+            self.doubt(key, path)
 
     def _optimizer(self) -> None:
         top = "optim_wrapper.optimizer"
-        kind = self._kind(f"{top}.type")
+        kind = self.kind(f"{top}.type")
         name = OPTIMIZERS.get(kind or "")
         offered = get_args(Optimizer.model_fields["name"].annotation)
-        self._seen.add(f"{top}.type")
+        self.seen.add(f"{top}.type")
         if name in offered:
-            self._say("optimizer.name", name, self._source(f"{top}.type"))
+            self.say("optimizer.name", name, self.source(f"{top}.type"))
         else:
-            self._unclear["optimizer.name"] = (
-                f"{self._source(f'{top}.type')} is {kind or 'not set'}, and deadpan has {', '.join(offered)}"
+            self.unclear["optimizer.name"] = (
+                f"{self.source(f'{top}.type')} is {kind or 'not set'}, and deadpan has {', '.join(offered)}"
             )
         defaults = _OPTIMIZER_DEFAULTS[name or "adamw"]
-        self._carry(f"{top}.lr", "optimizer.lr", float, defaults["lr"])
-        self._carry(f"{top}.betas", "optimizer.betas", list, [0.9, 0.999])
-        self._carry(f"{top}.weight_decay", "optimizer.weight_decay", float, defaults["weight_decay"])
-        self._carry(f"{top}.eps", "optimizer.eps", float, 1e-8)
-        if name == "dadapt_adam" and self._plain(f"{top}.decouple", False) is not True:
-            self._leave(f"{top}.type", "its weight decay was added to the gradient; deadpan's is decoupled")
-        self._seen.add(f"{top}.decouple")
-        clip = self._first("optim_wrapper.clip_grad.max_norm", "strategy.gradient_clipping")
-        self._carry(clip, "optimizer.max_grad_norm", float, _NEVER)
-        steps = self._first("optim_wrapper.accumulative_counts", "strategy.gradient_accumulation_steps")
-        self._carry(steps, "gradient_accumulation_steps", int, 1)
+        self.carry(f"{top}.lr", "optimizer.lr", float, defaults["lr"])
+        self.carry(f"{top}.betas", "optimizer.betas", list, [0.9, 0.999])
+        self.carry(f"{top}.weight_decay", "optimizer.weight_decay", float, defaults["weight_decay"])
+        self.carry(f"{top}.eps", "optimizer.eps", float, 1e-8)
+        if self.given.get("optimizer.name", name) != name:
+            self.unclear["optimizer.lr"] = f"the config's is a rate for {kind}"
+        decays = self.plain(f"{top}.weight_decay", 0) != 0
+        if name == "dadapt_adam" and decays and self.plain(f"{top}.decouple", False) is not True:
+            self.leave(
+                f"{top}.type", "its weight decay was added to the gradient; deadpan's is decoupled"
+            )
+        self.seen.add(f"{top}.decouple")
+        clip = self.first("optim_wrapper.clip_grad.max_norm", "strategy.gradient_clipping")
+        self.carry(clip, "optimizer.max_grad_norm", float, 1.0)
+        if self.config.find(clip) is None:
+            self.leave(
+                clip,
+                "XTuner clips at 1 with --deepspeed, as this recipe does; without it, nothing was clipped",
+            )
+        steps = self.first(
+            "optim_wrapper.accumulative_counts", "strategy.gradient_accumulation_steps"
+        )
+        self.carry(steps, "gradient_accumulation_steps", int, 1)
         if self._accumulation() > 1:
-            self._leave(
+            self.leave(
                 steps,
                 "each micro-batch weighed the same; deadpan takes the mean over a step's supervised tokens",
             )
         self._precision()
 
     def _precision(self) -> None:
-        self._seen |= {"optim_wrapper.type", "optim_wrapper.dtype"}
-        if self._kind("optim_wrapper.type") != "AmpOptimWrapper":
+        self.seen |= {"optim_wrapper.type", "optim_wrapper.dtype"}
+        if self.kind("optim_wrapper.type") != "AmpOptimWrapper":
             return
-        dtype = str(self._plain("optim_wrapper.dtype", "float16")).rpartition(".")[2]
+        dtype = str(self.plain("optim_wrapper.dtype", "float16")).rpartition(".")[2]
         if dtype == "bfloat16":
-            self._say("precision", "bf16", self._source("optim_wrapper.dtype"))
+            self.say("precision", "bf16", self.source("optim_wrapper.dtype"))
         else:
-            self._leave(
+            self.leave(
                 "optim_wrapper.dtype",
-                "float16 with a scaled loss has no equivalent; precision is auto: bf16 where the device has it",
+                "precision is auto, bf16 where the device has it, as with XTuner's --deepspeed; there is no float16",
             )
 
     def _length(self) -> None:
-        iterations = self._plain("train_cfg.max_iters", None)
+        iterations = self.plain("train_cfg.max_iters", None)
         if iterations is None:
-            self._carry("train_cfg.max_epochs", "epochs", int)
+            self.carry("train_cfg.max_epochs", "epochs", int)
         elif type(iterations) is int:
-            source = self._source("train_cfg.max_iters")
+            source = self.source("train_cfg.max_iters")
             steps = math.ceil(iterations / self._accumulation())
-            self._say("max_steps", steps, f"{source}, counted in micro-batches")
-            self._say("epochs", max(1, iterations), f"{source}: never fewer epochs than it takes")
+            self.say("max_steps", steps, f"{source}, counted in micro-batches")
+            self.say("epochs", max(1, iterations), f"{source}: never fewer epochs than it takes")
         else:
-            self._doubt("max_steps", "train_cfg.max_iters")
-        self._seen |= {"train_cfg.max_iters", "train_cfg.max_epochs"}
+            self.doubt("max_steps", "train_cfg.max_iters")
+        self.seen |= {"train_cfg.max_iters", "train_cfg.max_epochs"}
 
     def _schedule(self) -> None:
         path = "param_scheduler"
-        self._seen.add(path)
-        value = self._plain(path, None)
+        self.seen.add(path)
+        value = self.plain(path, None)
         items = [value] if isinstance(value, dict) else value or []
         if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-            self._doubt("schedule.name", path)
+            self.doubt("schedule.name", path)
             return
         kinds = [str(item.get("type")).rpartition(".")[2] for item in items]
-        warm = items[0] if kinds[:1] == ["LinearLR"] and items[0].get("end_factor", 1.0) == 1.0 else None
+        warm = (
+            items[0]
+            if kinds[:1] == ["LinearLR"] and items[0].get("end_factor", 1.0) == 1.0
+            else None
+        )
         rest, rest_kinds = items[warm is not None :], kinds[warm is not None :]
         if rest_kinds not in ([], ["CosineAnnealingLR"]):
-            self._unclear["schedule.name"] = (
-                f"{self._source(path)} is {' + '.join(kinds)}; deadpan has a linear warm-up, then cosine or constant"
+            self.unclear["schedule.name"] = (
+                f"{self.source(path)} is {' + '.join(kinds)}; deadpan has a linear warm-up, then cosine or constant"
             )
             return
-        source = self._source(path) if items else "param_scheduler is not set"
-        self._say("schedule.name", "cosine" if rest else "constant", source)
+        source = self.source(path) if items else "param_scheduler is not set"
+        self.say("schedule.name", "cosine" if rest else "constant", source)
         self._warm_up(warm, source)
         for number, cosine in enumerate(rest, start=len(items) - 1):
             begin, end = cosine.get("begin", 0), cosine.get("end", self._total(cosine))
             if cosine.get("eta_min") or cosine.get("eta_min_ratio"):
-                self._leave(f"{path}.{number}.eta_min", "deadpan's cosine ends at zero")
-            if end != self._total(cosine) or begin != (warm or {}).get("end", 0) or "T_max" in cosine:
-                self._leave(
+                self.leave(f"{path}.{number}.eta_min", "deadpan's cosine ends at zero")
+            if (
+                end != self._total(cosine)
+                or begin != (warm or {}).get("end", 0)
+                or "T_max" in cosine
+            ):
+                self.leave(
                     f"{path}.{number}", "deadpan's cosine spans all that follows the warm-up"
                 )
 
     def _warm_up(self, warm: dict[str, Any] | None, source: str) -> None:
         if warm is None:
-            self._say("schedule.warmup_ratio", 0.0, f"{source}: no LinearLR")
+            self.say("schedule.warmup_ratio", 0.0, f"{source}: no LinearLR")
             return
         end, total = warm.get("end"), self._total(warm)
         if type(end) not in (int, float) or type(total) not in (int, float) or not total:
             unit = "epochs" if warm.get("by_epoch", True) else "iterations"
-            self._unclear["schedule.warmup_ratio"] = (
-                f"param_scheduler.0 warms up for {_in_words(end)} {unit} of {_in_words(total)}"
+            self.unclear["schedule.warmup_ratio"] = (
+                f"param_scheduler.0 warms up for {in_words(end)} {unit} of {in_words(total)}"
             )
             return
         ratio = float(f"{end / total:.12g}")  # 0.03 x 8 / 8 in floating point
-        self._say(
-            "schedule.warmup_ratio", ratio, f"{self._source('param_scheduler.0.end')}, of {total}"
+        self.say(
+            "schedule.warmup_ratio", ratio, f"{self.source('param_scheduler.0.end')}, of {total}"
         )
 
     def _total(self, scheduler: dict[str, Any]) -> Any:
         """The length of the run in the scheduler's unit, as far as the config says it."""
         by_epoch = scheduler.get("by_epoch", True)
-        return self._plain("train_cfg.max_epochs" if by_epoch else "train_cfg.max_iters", None)
+        return self.plain("train_cfg.max_epochs" if by_epoch else "train_cfg.max_iters", None)
 
     def _saving(self) -> None:
         top = "default_hooks.checkpoint"
-        interval, keep = self._plain(f"{top}.interval", -1), self._plain(f"{top}.max_keep_ckpts", -1)
-        self._seen |= {f"{top}.interval", f"{top}.max_keep_ckpts", f"{top}.save_optimizer"}
+        interval, keep = (
+            self.plain(f"{top}.interval", -1),
+            self.plain(f"{top}.max_keep_ckpts", -1),
+        )
+        self.seen |= {f"{top}.interval", f"{top}.max_keep_ckpts", f"{top}.save_optimizer"}
         if type(interval) is not int:
-            self._doubt("save_every_steps", f"{top}.interval")
-        elif interval > 0 and self._plain(f"{top}.by_epoch", True) is False:
+            self.doubt("save_every_steps", f"{top}.interval")
+        elif interval > 0 and self.plain(f"{top}.by_epoch", True) is False:
             steps = max(1, interval // self._accumulation())
-            self._say(
-                "save_every_steps", steps, f"{self._source(f'{top}.interval')}, counted in micro-batches"
+            self.say(
+                "save_every_steps",
+                steps,
+                f"{self.source(f'{top}.interval')}, counted in micro-batches",
             )
         elif interval > 0:
-            self._leave(f"{top}.interval", "epochs; deadpan saves every save_every_steps steps")
+            self.leave(f"{top}.interval", "epochs; deadpan saves every save_every_steps steps")
         if type(keep) is not int:
-            self._doubt("keep_checkpoints", f"{top}.max_keep_ckpts")
+            self.doubt("keep_checkpoints", f"{top}.max_keep_ckpts")
         elif self.config.find(top) is not None:
-            source = self._source(f"{top}.max_keep_ckpts")
+            source = self.source(f"{top}.max_keep_ckpts")
             note = "" if keep > 0 else ": all are kept"
-            self._say("keep_checkpoints", keep if keep > 0 else _NEVER, source + note)
-        if self._plain(f"{top}.save_optimizer", True) is False:
-            self._leave(f"{top}.save_optimizer", "deadpan always saves what resuming needs")
+            self.say("keep_checkpoints", keep if keep > 0 else _NEVER, source + note)
+        if self.plain(f"{top}.save_optimizer", True) is False:
+            self.leave(f"{top}.save_optimizer", "deadpan always saves what resuming needs")
 
     def _runtime(self) -> None:
-        if self._plain("work_dir", None) is not None:
-            self._carry("work_dir", "run", str)
-        seed = self._plain("randomness.seed", None)
-        self._seen.add("randomness.seed")
+        seed = self.plain("randomness.seed", None)
+        self.seen.add("randomness.seed")
         if seed is None:
-            self._say("seed", keys()["seed"].default, "randomness.seed is None: another one each time")
+            self.say(
+                "seed", keys()["seed"].default, "randomness.seed is None: another one each time"
+            )
         else:
-            self._carry("randomness.seed", "seed", int)
+            self.carry("randomness.seed", "seed", int)
         for path in ("randomness.deterministic", "resume"):
-            if self._plain(path, False) is False:
-                self._seen.add(path)
-        hooks = self._plain("custom_hooks", None)
+            if self.plain(path, False) is False:
+                self.seen.add(path)
+        hooks = self.plain("custom_hooks", None)
         for number in range(len(hooks) if isinstance(hooks, list) else 0):
-            kind = self._kind(f"custom_hooks.{number}.type")
+            kind = self.kind(f"custom_hooks.{number}.type")
             if kind == "EvaluateChatHook":
-                self._leave(
-                    f"custom_hooks.{number}", "deadpan tell and deadpan evaluate ask a trained model"
+                self.leave(
+                    f"custom_hooks.{number}",
+                    "deadpan tell and deadpan evaluate ask a trained model",
                 )
             elif kind in ("DatasetInfoHook", "ThroughputHook"):
-                self._seen.add(f"custom_hooks.{number}")
+                self.seen.add(f"custom_hooks.{number}")
 
     def _leave_the_rest(self) -> list[str]:
         """Report what nothing above has looked at; return what need not be looked at."""
@@ -592,79 +551,15 @@ class _Translator:
             if name in _HELPERS or (name in self.config.used and name not in _ROOTS):
                 continue
             for path, node in self.config.leaves(name):
-                if node.value in (None, [], {}) or _within(path, self._seen):
+                if node.value in (None, [], {}) or within(path, self.seen):
                     continue
-                if plain := _within(path, _NOTHING_NEEDED):
+                if plain := within(path, _NOTHING_NEEDED):
                     needless[plain] = None
                     continue
                 reason = next((r for start, r in _REASONS.items() if path.startswith(start)), None)
-                self._leave(path, reason or "deadpan has nothing like it")
+                self.leave(path, reason or "deadpan has nothing like it")
         return list(needless)
 
     def _accumulation(self) -> int:
         setting = self.said.get("gradient_accumulation_steps")
         return setting.value if setting and type(setting.value) is int else 1
-
-    def _first(self, *paths: str) -> str:
-        """The first of several paths that the config has, or else the first."""
-        return next((path for path in paths if self.config.find(path)), paths[0])
-
-    def _plain(self, path: str, default: Any) -> Any:
-        node = self.config.find(path)
-        return default if node is None else node.plain()
-
-    def _kind(self, path: str) -> str | None:
-        """The name of a class, without where it is imported from."""
-        value = self._plain(path, None)
-        known = isinstance(value, str | Dotted)
-        return str(value).rpartition(".")[2] if known else None if value is None else _in_words(value)
-
-    def _source(self, path: str) -> str:
-        node = self.config.find(path)
-        return f"{path} is not set" if node is None else f"line {node.line}: {path}"
-
-    def _say(self, key: str, value: Any, source: str) -> None:
-        self.said[key] = Setting(key, value, source)
-
-    def _carry(self, path: str, key: str, kind: type, default: Any = _MISSING) -> None:
-        """Take a value over as it stands, or the one that the library has where the config is silent."""
-        self._seen.add(path)
-        value = self._plain(path, default)
-        fits = type(value) is kind or (kind is float and type(value) is int)
-        if value is _MISSING or not fits:
-            self._doubt(key, path)
-        else:
-            self._say(key, value, self._source(path))
-
-    def _doubt(self, key: str, path: str) -> None:
-        self._seen.add(path)
-        node = self.config.find(path)
-        if node is None:
-            self._unclear[key] = f"{path} is not set"
-            return
-        value = node.value
-        why = f": {value.reason}" if isinstance(value, Unknown) else ""
-        if isinstance(value, Dotted):
-            why = ": it stands in another file"
-        self._unclear[key] = f"line {node.line}: {path} is {_in_words(node.plain())}{why}"
-
-    def _leave(self, path: str, reason: str) -> None:
-        self._seen.add(path)
-        node = self.config.find(path)
-        value = "not set" if node is None else _in_words(node.plain())
-        self._left.append(Leftover(path, node and node.line, value, reason))
-
-
-def _within(path: str, above: Any) -> str | None:
-    """The one of several paths that a path is, or lies below."""
-    return next((top for top in above if path == top or path.startswith(f"{top}.")), None)
-
-
-def _in_words(value: Any) -> str:
-    """A value of the config on one short line."""
-    if isinstance(value, dict):
-        kind = value.get("type")
-        return str(kind).rpartition(".")[2] if kind is not None else f"dict of {', '.join(value)}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_in_words, value))}]"
-    return str(value) if isinstance(value, Dotted | Unknown) else repr(value)
