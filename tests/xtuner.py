@@ -1,5 +1,12 @@
 """What XTuner 0.1 leaves behind, in miniature: a config and a checkpoint in its key layout."""
 
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
 CONFIG = """\
 from mmengine.hooks import CheckpointHook, IterTimerHook, LoggerHook
 from mmengine.optim import AmpOptimWrapper, CosineAnnealingLR, LinearLR
@@ -87,3 +94,50 @@ resume = False
 randomness = dict(seed=None, deterministic=False)
 log_processor = dict(by_epoch=False)
 """
+
+
+def make_checkpoint(
+    base: Path, r: int = 4, head: bool = True, seed: int = 3, prefix: str = "model."
+) -> dict[str, torch.Tensor]:
+    """A random LoRA on all of a tiny InternLM2's linear layers, and another projector, in XTuner's names.
+
+    Args:
+        base: The official checkpoint it belongs to.
+        r: The rank.
+        head: Whether the output head has a LoRA, as with target_modules=None.
+        seed: Of the random numbers.
+        prefix: What the names begin with.
+    """
+    weights = load_file(base / "model.safetensors")
+    generator = torch.Generator().manual_seed(seed)
+    layers = (
+        r"language_model\.model\.layers\.\d+\.(attention\.(wqkv|wo)|feed_forward\.w[123])\.weight"
+    )
+    state = {}
+    for name, weight in weights.items():
+        if re.fullmatch(layers, name) or (head and name == "language_model.output.weight"):
+            layer = name.removeprefix("language_model.").removesuffix(".weight")
+            stem = f"{prefix}language_model.base_model.model.{layer}"
+            rows, columns = weight.shape
+            for side, shape in (("A", (r, columns)), ("B", (rows, r))):
+                noise = torch.randn(shape, generator=generator)
+                state[f"{stem}.lora_{side}.default.weight"] = 0.1 * noise
+        elif name.startswith("mlp1."):
+            noise = torch.randn(weight.shape, generator=generator)
+            state[f"{prefix}{name}"] = weight + 0.05 * noise
+    return state
+
+
+def merged(base: Path, state: dict[str, torch.Tensor], scale: float, out: Path) -> Path:
+    """The official checkpoint that a LoRA in XTuner's names stands for: W + scale B A, layer by layer."""
+    shutil.copytree(base, out)
+    weights = load_file(base / "model.safetensors")
+    for name, tensor in state.items():
+        if ".lora_A." in name:
+            layer = name.partition("base_model.model.")[2].partition(".lora_A.")[0]
+            high = state[name.replace(".lora_A.", ".lora_B.")]
+            weights[f"language_model.{layer}.weight"] += scale * (high @ tensor)
+        elif "mlp1." in name:
+            weights[name[name.index("mlp1.") :]] = tensor
+    save_file(weights, out / "model.safetensors")
+    return out
