@@ -207,16 +207,18 @@ def _deepspeed_file(folder: Path) -> Path:
 
 def _load(file: Path) -> Any:
     try:
+        file.open("rb").close()
+    except OSError as error:
+        raise DeadpanError(
+            f"The checkpoint cannot be read: {error.strerror}.", where=file
+        ) from None
+    try:
         stand_ins: list[Any] = [
             (type(name.rpartition(".")[2], (_Placeholder,), {}), name)
             for name in get_unsafe_globals_in_checkpoint(str(file))
         ]
         with safe_globals(stand_ins):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except OSError as error:
-        raise DeadpanError(
-            f"The checkpoint cannot be read: {error.strerror or error}.", where=file
-        ) from None
     except pickle.UnpicklingError as error:
         raise DeadpanError(
             "The checkpoint cannot be read without running code from it, so it was not.",
@@ -224,7 +226,7 @@ def _load(file: Path) -> Any:
             found=str(error).splitlines()[0],
             fix=_JOIN.format(file.name),
         ) from None
-    except (RuntimeError, ValueError, EOFError) as error:
+    except (RuntimeError, ValueError, EOFError, OSError) as error:
         raise DeadpanError(
             "The checkpoint is damaged, or not one that PyTorch has saved.",
             where=file,
