@@ -185,8 +185,7 @@ class _Reader:
                 self._bind(name, self._arithmetic(statement, op, before, self._node(value)))
             case ast.Delete(targets=targets):
                 for target in targets:
-                    if isinstance(target, ast.Name):
-                        self._names.pop(target.id, None)
+                    self._delete(target)
             case ast.Expr(value=ast.Constant()) | ast.Pass() | ast.Assert():
                 pass
             case _:
@@ -230,6 +229,19 @@ class _Reader:
                 fits = isinstance(inside.value, dict) and isinstance(index, str)
                 if fits or _has_place(inside.value, index):
                     inside.value[index] = node
+                else:
+                    self._forget_what_changes(target)
+            case _:
+                self._forget_what_changes(target)
+
+    def _delete(self, target: ast.expr) -> None:
+        match target:
+            case ast.Name(name):
+                self._names.pop(name, None)
+            case ast.Subscript(value=container, slice=key):
+                inside, index = self._node(container).value, self._node(key).value
+                if isinstance(inside, dict) and isinstance(index, str):
+                    inside.pop(index, None)
                 else:
                     self._forget_what_changes(target)
             case _:
