@@ -7,7 +7,7 @@ import yaml
 
 from deadpan.config.ledger import Translation
 from deadpan.config.loader import load_recipe
-from deadpan.config.schema import Optimizer
+from deadpan.config.schema import Optimizer, keys
 from deadpan.config.xtuner import OPTIMIZERS, LoraFacts, import_config, lora_facts
 from deadpan.errors import DeadpanError
 from xtuner import CONFIG
@@ -71,7 +71,8 @@ def test_what_has_another_meaning_is_reported(tmp_path: Path) -> None:
     targets = left(translation, "model.llm_lora.target_modules")
     assert any("output head got a LoRA" in reason for reason in targets)
     assert any("fused wqkv" in reason for reason in targets)
-    assert [leftover.path for leftover in translation.leftovers] == [
+    paths = [leftover.path for leftover in translation.leftovers]
+    assert [path for path in paths if path != "val_dataloader"] == [
         "model.quantization_llm",
         "model.llm_lora.target_modules",
         "model.llm_lora.target_modules",
@@ -82,6 +83,12 @@ def test_what_has_another_meaning_is_reported(tmp_path: Path) -> None:
         "optim_wrapper.dtype",
         "default_hooks.checkpoint.save_optimizer",
     ]
+
+
+def test_held_out_records_are_reported_if_deadpan_holds_some_out(tmp_path: Path) -> None:
+    entry = keys().get("data.validation")
+    holds_out = entry is not None and entry.default is not None
+    assert bool(left(translate(tmp_path), "val_dataloader")) == holds_out
 
 
 def test_every_value_of_the_config_is_accounted_for(tmp_path: Path) -> None:

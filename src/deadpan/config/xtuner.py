@@ -10,6 +10,8 @@ What the settings mean is read off XTuner 0.1 and mmengine, which it runs on:
 - The warm-up is given in epochs and turned into iterations: only its share of the run matters.
 - The projector (`mlp1`) is always trained.
 - The tile limit is the checkpoint's own `max_dynamic_patch`.
+- `--deepspeed` clips gradients at 1 where the config does not clip, and moves what it uses into `strategy`
+  (`xtuner/tools/train.py`).
 """
 
 import math
@@ -139,7 +141,8 @@ def lora_facts(source: Path | str, where: str) -> LoraFacts:
     translator.model()
     translator.lora()
     translator.stop_if_unclear(
-        ["lora.r", "lora.lora_alpha", "lora.lora_dropout", "quantization"], "pass --lora-alpha"
+        ["lora.r", "lora.lora_alpha", "lora.lora_dropout", "quantization"],
+        "write the values into the config",
     )
     said = translator.said
     model = said.get("model")
@@ -334,6 +337,12 @@ class _Translator(Ledger):
                 f"{top}.template",
                 "XTuner put a system sentence of its own before each conversation; deadpan takes sentence and template "
                 "from the checkpoint, in training as in serving",
+            )
+        held_out = keys().get("data.validation")
+        if held_out and held_out.default is not None and "data.validation" not in self.given:
+            self.leave(
+                "val_dataloader",
+                f"nothing was held out; data.validation is {held_out.default} by default",
             )
         other = self.plain(f"{top}.model_path", None)
         if other is None or other == self.plain("model.model_path", None):
