@@ -43,7 +43,9 @@ def said(translation: Translation) -> dict[str, object]:
 
 def test_the_recipe_says_what_differs_and_the_comments_say_the_rest(tmp_path: Path) -> None:
     translation = translate(tmp_path)
-    assert yaml.safe_load(translation.text()) == {
+    values = yaml.safe_load(translation.text())
+    values.pop("schedule", None)  # where the default is auto, what auto would choose is written out
+    assert values == {
         "model": "OpenGVLab/InternVL2-2B",
         "quantization": "nf4",
         "lora": {"r": 64},
@@ -62,7 +64,7 @@ def test_the_recipe_says_what_differs_and_the_comments_say_the_rest(tmp_path: Pa
         assert f"# {report}\n" in translation.text()
     (tmp_path / "recipe.yaml").write_text(translation.text(), encoding="utf-8")
     recipe = load_recipe(tmp_path / "recipe.yaml")
-    assert recipe.schedule.warmup_ratio == 0.03
+    assert (recipe.schedule.name, recipe.schedule.warmup_ratio) == ("cosine", 0.03)
     assert recipe.train_projector
 
 
@@ -237,11 +239,12 @@ def test_another_schedule_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("theirs", "ours"), OPTIMIZERS.items())
 def test_optimizers_are_those_of_the_schema(tmp_path: Path, theirs: str, ours: str) -> None:
-    change = ("optim_type = AdamW", f"optim_type = '{theirs}'")
+    changes = [("optim_type = AdamW", f"optim_type = '{theirs}'"), ("lr = 2e-5", "lr = 1.0")]
     if ours in OFFERED:
-        assert said(translate(tmp_path, change))["optimizer.name"] == ours
+        found = said(translate(tmp_path, *changes, without_schedule()))
+        assert (found["optimizer.name"], found["optimizer.lr"]) == (ours, 1.0)
     else:
-        raised = refused(tmp_path, change)
+        raised = refused(tmp_path, *changes)
         assert raised.found is not None
         assert re.search(
             rf"optimizer\.name: line \d+: .* is {theirs}, and deadpan has adamw", raised.found

@@ -394,6 +394,9 @@ class _Translator(Ledger):
         self.carry(f"{top}.betas", "optimizer.betas", list, [0.9, 0.999])
         self.carry(f"{top}.weight_decay", "optimizer.weight_decay", float, defaults["weight_decay"])
         self.carry(f"{top}.eps", "optimizer.eps", float, 1e-8)
+        for option in ("d0", "d_coef", "growth_rate"):
+            if f"optimizer.{option}" in keys() and self.config.find(f"{top}.{option}"):
+                self.carry(f"{top}.{option}", f"optimizer.{option}", float)
         if self.given.get("optimizer.name", name) != name:
             self.unclear["optimizer.lr"] = f"the config's is a rate for {kind}"
         decays = self.plain(f"{top}.weight_decay", 0) != 0
