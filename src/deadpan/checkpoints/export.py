@@ -16,18 +16,15 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import InternVLForConditionalGeneration
 
 from deadpan.checkpoints import keys, probe
-from deadpan.checkpoints.files import WeightFiles, write_weights
+from deadpan.checkpoints.files import WeightFiles, temporary_beside, write_weights
 from deadpan.checkpoints.load import DTYPES, Loaded, Progress, base_of, choose_device, load
 from deadpan.checkpoints.official_config import language_model_name, to_transformers
 from deadpan.checkpoints.processor_files import (
@@ -111,7 +108,7 @@ def export(
         quantization=quantization if merge_into == "trained" else "none",
         progress=progress,
     )
-    with _temporary_beside(out) as temporary:
+    with temporary_beside(out, "export") as temporary:
         _write(loaded, temporary, Layout(layout), DTYPES[dtype], official_files)
         reference = probe.run(loaded.model, loaded.processor)
         del loaded
@@ -174,25 +171,6 @@ def _known(stored: str | None, folder: Path) -> str:
             fix="choose the type to export in with --dtype",
         )
     return stored
-
-
-@contextmanager
-def _temporary_beside(out: Path) -> Iterator[Path]:
-    """A folder on the same disk as `out`, removed unless it has been renamed."""
-    temporary = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        temporary.chmod(0o755)
-        yield temporary
-    except (OSError, SafetensorError) as error:
-        free = f"{shutil.disk_usage(out.parent).free / 2**30:.2f} GiB free" if temporary else None
-        raise DeadpanError(
-            f"The export could not be written: {error}.", where=out, found=free
-        ) from None
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write(

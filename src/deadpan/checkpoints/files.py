@@ -2,7 +2,10 @@
 
 import json
 import pickle
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +163,26 @@ def _shards(
         shard[key] = tensor
         size += tensor.nbytes
     yield flush()
+
+
+@contextmanager
+def temporary_beside(out: Path, what: str) -> Iterator[Path]:
+    """A folder on the same disk as `out`, removed unless it has been renamed.
+
+    Raises:
+        DeadpanError: If the disk is full or not writable.
+    """
+    temporary = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        temporary.chmod(0o755)
+        yield temporary
+    except (OSError, SafetensorError) as error:
+        free = f"{shutil.disk_usage(out.parent).free / 2**30:.2f} GiB free" if temporary else None
+        raise DeadpanError(
+            f"The {what} could not be written: {error}.", where=out, found=free
+        ) from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from deadpan import __version__
-from deadpan.cli import data, doctor, evaluate, export, plot, recipe, tell, train
+from deadpan.cli import data, doctor, evaluate, export, import_xtuner, plot, recipe, tell, train
 from deadpan.errors import DeadpanError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command()(plot.plot)
 app.command()(export.export)
 app.command()(tell.tell)
 app.command()(evaluate.evaluate)
+app.command()(import_xtuner.import_xtuner)
 app.command()(doctor.doctor)
 
 

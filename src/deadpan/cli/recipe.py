@@ -1,4 +1,4 @@
-"""`deadpan recipe`: list, show and copy recipes."""
+"""`deadpan recipe`: list, show, copy and import recipes."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +8,8 @@ import typer
 from deadpan.errors import DeadpanError
 
 app = typer.Typer(
-    help="List, show and copy recipes: what a training run is made of.", no_args_is_help=True
+    help="List, show, copy and import recipes: what a training run is made of.",
+    no_args_is_help=True,
 )
 
 
@@ -54,14 +55,61 @@ def copy(
 
     text = bundled_text(name)
     target = folder / f"{name}.yaml"
+    _write(target, text, force)
+    typer.echo(f"wrote {target}; edit it, then run:")
+    typer.echo(f"  deadpan train {shlex.quote(str(target))}")
+
+
+@app.command("import")
+def import_recipe(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.py", help="A config of XTuner 0.1 for InternVL.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Keys of the recipe, such as data.train=all.json, in place of what the config says.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The recipe to write; without it, it is printed.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
+) -> None:
+    """Turn an XTuner config into a recipe, and say what has no equivalent.
+
+    The config is read and never run. What cannot be read that way, or has no equivalent that the
+    recipe could do without, is an error that names it; give such a key as KEY=VALUE.
+
+    Example: deadpan recipe import internvl_v2_internlm2_2b_qlora_finetune.py --out jokes.yaml
+    """
+    import shlex
+
+    from deadpan.config.xtuner import import_config
+
+    translation = import_config(config, overrides or [])
+    if out is None:
+        typer.echo(translation.text(), nl=False)
+        return
+    _write(out, translation.text(), force)
+    for setting in translation.settings:
+        typer.echo(str(setting))
+    for line in translation.report():
+        typer.echo(line)
+    typer.echo(f"wrote {out}; read it, then run:")
+    typer.echo(f"  deadpan train {shlex.quote(str(out))}")
+
+
+def _write(target: Path, text: str, force: bool) -> None:
     if target.exists() and not force:
         raise DeadpanError(
             "The file is already there.",
             where=target,
-            fix="choose another folder, or overwrite it with --force",
+            fix="choose another place, or overwrite it with --force",
         )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
     except OSError as error:
         raise DeadpanError(
@@ -69,5 +117,3 @@ def copy(
             where=target,
             fix="choose a folder that you may write to",
         ) from None
-    typer.echo(f"wrote {target}; edit it, then run:")
-    typer.echo(f"  deadpan train {shlex.quote(str(target))}")

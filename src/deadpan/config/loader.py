@@ -6,7 +6,7 @@ current directory, not at the recipe's own: a path means the same in a file and 
 """
 
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from importlib.resources import files
@@ -97,6 +97,17 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             the wrong ones are in one message.
     """
     where, text = _read(source)
+    return parse_recipe(text, where, overrides)
+
+
+def parse_recipe(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Check a recipe's text; see `load_recipe`.
+
+    Args:
+        text: The YAML.
+        where: What to call it in messages.
+        overrides: As for `load_recipe`.
+    """
     values = _parse(text, where)
     if values is None:
         values = {}
@@ -120,9 +131,33 @@ def dump_recipe(recipe: Recipe) -> str:
     return _dump(recipe.model_dump(mode="json"), flow=False)
 
 
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """What overrides say, by dotted key: `["optimizer.lr=1e-4"]` gives `{"optimizer.lr": 0.0001}`.
+
+    Raises:
+        DeadpanError: If one has no key, or its value is not YAML.
+    """
+    values: dict[str, Any] = {}
+    _override(values, overrides)
+    return dict(_flat(values, ""))
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def yaml_line(value: object) -> str:
+    """Write a value as YAML on one line."""
+    return _dump(value, flow=True).removesuffix("\n").removesuffix("\n...")
+
+
 def inline_yaml(value: object) -> str:
     """Write a value as YAML on one line, cut after 100 characters."""
-    text = _dump(value, flow=True).removesuffix("\n").removesuffix("\n...")
+    text = yaml_line(value)
     return text if len(text) <= 100 else text[:99] + "…"
 
 

@@ -6,6 +6,7 @@ projector between vision tower and language model is small and trained whole; PE
 """
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from deadpan.processing.tokenizer import read_json
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _LAYERS = "model.language_model.layers."
-_PROJECTOR = "multi_modal_projector"
+PROJECTOR = "multi_modal_projector"
+HEAD = "lm_head"
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -83,9 +85,8 @@ def attach(
         r=r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
-        # The vision tower has layers of the same names, hence the whole path.
-        target_modules=rf"model\.language_model\.layers\.\d+\..*\.({'|'.join(targets)})",
-        modules_to_save=[_PROJECTOR] if train_projector else None,
+        target_modules=target_pattern(targets),
+        modules_to_save=[PROJECTOR] if train_projector else None,
         base_model_name_or_path=base,
     )
     model.name_or_path = base  # PEFT writes this down as the adapter's base
@@ -94,6 +95,13 @@ def attach(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return peft_model
+
+
+def target_pattern(targets: Iterable[str], head: bool = False) -> str:
+    """PEFT's regular expression for linear layers of the decoder, and for the output head if asked."""
+    # The vision tower has layers of the same names, hence the whole path.
+    pattern = rf"model\.language_model\.layers\.\d+\..*\.({'|'.join(targets)})"
+    return rf"{pattern}|{HEAD}" if head else pattern
 
 
 def _wrap(model: InternVLForConditionalGeneration, config: LoraConfig) -> PeftModel:
@@ -111,12 +119,16 @@ def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
 
 def save(model: PeftModel, folder: Path) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`."""
-    config = model.peft_config["default"]
+    write(model.peft_config["default"], adapter_state(model), folder)
+
+
+def write(config: LoraConfig, state: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write an adapter's two files from its configuration and its tensors, under PEFT's names."""
     inference, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(folder))
     config.inference_mode = inference
     path = folder / ADAPTER_FILE
-    save_file(adapter_state(model), path, metadata={"format": "pt"})
+    save_file(state, path, metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors writes files that only their owner may read
 
 
@@ -150,7 +162,7 @@ def base_of(folder: Path) -> str:
 
 def adapter_parameters(model: PeftModel) -> list[nn.Parameter]:
     """The weights of the adapter and of the trained projector."""
-    marks = (".lora_A.", ".lora_B.", f"{_PROJECTOR}.modules_to_save.")
+    marks = (".lora_A.", ".lora_B.", f"{PROJECTOR}.modules_to_save.")
     return [p for name, p in model.named_parameters() if any(mark in name for mark in marks)]
 
 
