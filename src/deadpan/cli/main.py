@@ -3,14 +3,30 @@
 Exit codes: 0 all is well; 1 something is wrong with the input or the result; 2 the command itself is mistyped.
 """
 
+import os
 import sys
 from typing import Annotated
 
 import typer
 
 from deadpan import __version__
-from deadpan.cli import data, doctor, evaluate, export, import_xtuner, plot, recipe, tell, train
+from deadpan.cli import (
+    data,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    import_xtuner,
+    plot,
+    recipe,
+    tell,
+    train,
+)
 from deadpan.errors import DeadpanError
+
+# Before anything loads PyTorch. OpenMP's threads spin while they wait for one another; where another program wants
+# the cores too, that cost nine tenths of a training's speed (docs/experiments.md), and sleeping costs next to nothing.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(
     name="deadpan",
@@ -19,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(demo.demo)
 app.add_typer(data.app, name="data")
 app.add_typer(recipe.app, name="recipe")
 app.command()(train.train)
