@@ -21,8 +21,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e . --group dev
 	@touch $@
 
-demo: venv ## Run the whole story on the small model
-	PATH="$(BIN):$$PATH" bash tools/demo.sh
+demo: venv ## Tell the whole story on the bundled model, on the CPU
+	$(BIN)/deadpan demo
 
 test: venv ## Run the tests
 	$(BIN)/pytest -q -n 2

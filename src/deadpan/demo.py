@@ -69,14 +69,19 @@ class Demo:
     Args:
         folder: Holds everything that the demo makes.
         seed: Of the fine-tuning.
+        overrides: Further keys of the recipe to set, such as `epochs=4`.
         telling: Shows how it goes.
 
     Raises:
         DeadpanError: If the folder holds another demo, or something else.
     """
 
-    def __init__(self, folder: Path, seed: int, telling: Telling) -> None:
-        self.folder, self._seed, self._telling = folder, seed, telling
+    def __init__(self, folder: Path, seed: int, overrides: Sequence[str], telling: Telling) -> None:
+        self.folder, self._telling = folder, telling
+        self._begun = {"version": __version__, "seed": seed, "recipe": list(overrides)}
+        self._recipe = load_recipe(
+            "nano", ["save_every_steps=50", *overrides, f"run={folder / 'run'}", f"seed={seed}"]
+        )
         self.report = folder / "report.html"
         self._done: dict[str, dict[str, Any]] = self._open()
         self._records: list[Record] = []
@@ -142,26 +147,25 @@ class Demo:
             return {}
         try:
             held = json.loads(file.read_text(encoding="utf-8"))
-            found, done = (held["seed"], held["version"]), held["done"]
-        except (ValueError, KeyError, TypeError):
+            done = dict(held.pop("done"))
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise DeadpanError(
                 "The demo's own notes cannot be read.", where=file, fix="start anew with --fresh"
             ) from None
-        if found != (self._seed, __version__):
+        if held != self._begun:
             raise DeadpanError(
                 "The folder holds a demo that was begun otherwise.",
                 where=self.folder,
-                expected=f"seed {self._seed}, deadpan {__version__}",
-                found=f"seed {found[0]}, deadpan {found[1]}",
+                expected=json.dumps(self._begun),
+                found=json.dumps(held),
                 fix="start anew with --fresh, or choose another folder with --out",
             )
-        return dict(done)
+        return done
 
     def _remember(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        held = {"seed": self._seed, "version": __version__, "done": self._done}
-        text = json.dumps(held, ensure_ascii=False, indent=2) + "\n"
-        state.write_whole(self.folder / _STATE, text)
+        text = json.dumps(self._begun | {"done": self._done}, ensure_ascii=False, indent=2)
+        state.write_whole(self.folder / _STATE, text + "\n")
 
     def _check(self, progress: Progress) -> str:
         # First of all, so that even a demo stopped here is known as one.
@@ -184,10 +188,8 @@ class Demo:
         return self._answers("base")[0].text
 
     def _train(self, progress: Progress) -> str:
-        run = self.folder / "run"
-        recipe = load_recipe("nano", [f"run={run}", f"seed={self._seed}", "save_every_steps=50"])
-        resume = bool(state.checkpoints(run))
-        result = Trainer(recipe, resume, _TrainingProgress(progress, self._telling)).train()
+        resume = bool(state.checkpoints(self.folder / "run"))
+        result = Trainer(self._recipe, resume, _TrainingProgress(progress, self._telling)).train()
         if result.interrupted:
             raise Stopped
         return f"{result.steps} steps, loss {result.loss:.2f}"
@@ -234,7 +236,7 @@ class Demo:
             ],
             figures=rows(list(evaluations.values())),
             facts=[
-                ("seed", str(self._seed)),
+                ("seed", str(self._recipe.seed)),
                 ("training", f"{self._done['fine-tune']['seconds']:.0f} s"),
                 ("export: largest difference of logits", f"{held['max_logit_difference']:.3g}"),
                 ("export: same answer", f"{same} of {len(tuned)}"),

@@ -15,6 +15,10 @@ STEPS = 7
 
 
 def demo(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Keys of the recipe to set, such as epochs=4."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="The folder to work in.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(min=0, help="Another seed tells another story.")] = 0,
     fresh: Annotated[
@@ -37,7 +41,7 @@ def demo(
     if fresh:
         forget(out)
     telling = _Telling(Console(stderr=True), Console(highlight=False))
-    story = Demo(out, seed, telling)
+    story = Demo(out, seed, overrides or (), telling)
     try:
         report = story.tell()
     except (KeyboardInterrupt, Stopped):
