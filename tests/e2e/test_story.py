@@ -54,11 +54,11 @@ def deadpan(folder: Path, *commands: Sequence[object]) -> list[Outcome]:
 
 
 @pytest.fixture(scope="module")
-def desk(tiny: Path, records: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def desk(records: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the user works in."""
     folder = tmp_path_factory.mktemp("desk")
     recipe = {
-        "model": str(tiny),
+        "model": "nano",
         "device": "cpu",
         "lora": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0},
         "max_tiles": 4,
@@ -83,7 +83,7 @@ def training(desk: Path) -> Outcome:
 
 @pytest.fixture(scope="module")
 def exports(desk: Path, training: Outcome) -> dict[str, Outcome]:
-    layouts = ("hf", "official", "adapter")
+    layouts = ("hf", "adapter")
     commands = [["export", "runs/first", f"out/{name}", "--layout", name] for name in layouts]
     return dict(zip(layouts, deadpan(desk, *commands), strict=True))
 
@@ -95,13 +95,13 @@ def jokes(records: Path) -> list[str]:
 
 
 def test_the_data_are_looked_at_before_a_model_is(
-    desk: Path, tiny: Path, records: Path, pictures: list[Path]
+    desk: Path, records: Path, pictures: list[Path]
 ) -> None:
     check, preview, stats = deadpan(
         desk,
         ["data", "check", records],
         ["data", "preview", records, "--out", "preview.html"],
-        ["data", "stats", records, "--model", tiny, "--max-tiles", 4, "--json"],
+        ["data", "stats", records, "--model", "nano", "--max-tiles", 4, "--json"],
     )
     assert (check.code, check.out) == (0, "4 records, 4 pictures: 0 errors, 0 warnings\n")
     assert preview.code == stats.code == 0
@@ -167,7 +167,7 @@ def test_the_run_and_every_export_say_the_jokes_that_were_taught(
         ["tell", "runs/first", *pictures, *prompt, "--json"],
         *[["tell", f"out/{layout}", *pictures, *prompt, "--json"] for layout in exports],
     )
-    assert [outcome.code for outcome in heard] == [0] * 5, heard[0].error
+    assert [outcome.code for outcome in heard] == [0] * 4, heard[0].error
     expected = [f"{picture}: {joke}" for picture, joke in zip(pictures, jokes, strict=True)]
     assert heard[0].out.splitlines() == expected
     lines: list[list[dict[str, Any]]] = [
@@ -177,7 +177,49 @@ def test_the_run_and_every_export_say_the_jokes_that_were_taught(
     assert [line["picture"] for line in lines[0]] == list(map(str, pictures))
     assert {line["finish_reason"] for line in lines[0]} == {"stop"}
     # Token counts and all: the prompts are the same too.
-    assert [export == lines[0] for export in lines[1:]] == [True] * 3
+    assert [export == lines[0] for export in lines[1:]] == [True] * 2
+
+
+def test_a_model_in_the_official_layout_stays_in_it(
+    desk: Path, tiny: Path, pictures: list[Path]
+) -> None:
+    """Nano has the Hugging Face layout alone, so this is told by the tiny model with random weights."""
+    (trained,) = deadpan(
+        desk, ["train", "recipe.yaml", f"model={tiny}", "run=runs/official", "max_steps=2"]
+    )
+    assert trained.code == 0, trained.error
+    refused, exported = deadpan(
+        desk,
+        ["export", "nano", "out/refused", "--layout", "official"],
+        ["export", "runs/official", "out/official", "--layout", "official"],
+    )
+    assert (refused.code, exported.code) == (1, 0), exported.error
+    assert "--official-files" in refused.error
+    assert not (desk / "out" / "refused").exists()
+    heard = deadpan(
+        desk,
+        *[
+            ["tell", model, pictures[0], "--json", "--max-new-tokens", 8]
+            for model in ("runs/official", "out/official")
+        ],
+    )
+    assert [outcome.code for outcome in heard] == [0, 0]
+    assert json.loads(heard[0].out) == json.loads(heard[1].out)
+
+
+def test_the_run_is_evaluated_and_drawn(desk: Path, training: Outcome, records: Path) -> None:
+    evaluated, drawn, doctor = deadpan(
+        desk,
+        ["evaluate", "runs/first", records, "--out", "figures.json", "--answers", "answers.jsonl"],
+        ["plot", "runs/first", "--out", "curve.svg"],
+        ["doctor", "--json"],
+    )
+    assert (evaluated.code, drawn.code) == (0, 0), evaluated.error + drawn.error
+    figures = json.loads((desk / "figures.json").read_text())
+    assert (figures["questions"], figures["verbatim"]["value"]) == (4, 1.0)
+    assert len((desk / "answers.jsonl").read_text().splitlines()) == 4
+    assert "<svg" in (desk / "curve.svg").read_text()
+    assert json.loads(doctor.out)
 
 
 def test_a_users_mistake_is_a_message_that_names_the_file(
