@@ -5,6 +5,7 @@ import pytest
 from rich.console import Console
 
 from deadpan.data.records import Record, load
+from deadpan.processing.processor import Size
 from deadpan.train.plan import Plan
 from deadpan.train.survey import Survey
 from deadpan.train.watcher import ProgressWatcher
@@ -18,7 +19,8 @@ def samples(records: Path) -> list[Record]:
 def drawn(samples: list[Record], skipped: int = 0, done: int = 0, last: int = 3) -> str:
     """What a run of four steps, `done` of them done before, leaves on a terminal after its `last`."""
     console = Console(record=True, file=io.StringIO(), width=160, force_terminal=True)
-    survey = Survey(samples[skipped:], [10, 30, 20, 1000][skipped:], samples[:skipped])
+    sizes = [Size(tokens, 5, 1) for tokens in (10, 30, 20, 1000)]
+    survey = Survey(samples[skipped:], sizes[skipped:], samples[:skipped])
     with ProgressWatcher(console) as watcher:
         for number in range(1, 56):
             watcher.loading(number, 55)

@@ -11,12 +11,17 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # Strict mode would ask for a `Path` or a tuple, and YAML has neither.
 RecipePath = Annotated[Path, Field(strict=False)]
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
+
+CONTRADICTION = "contradiction"
+"""The type of an error about a key that does not agree with another; its context says what would."""
+_AUTO_COUNTS_AS = 8
 
 
 class _Section(BaseModel):
@@ -144,11 +149,21 @@ class Recipe(_Section):
         ge=1,
         description="Stop after this many optimizer steps; null: after the last epoch.",
     )
-    micro_batch_size: int = Field(default=8, ge=1, description="Samples in one forward pass.")
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default=8,
+        description="Samples in one forward pass; auto: the most that fit in memory, found by trying when "
+        "the run starts, gradient_accumulation_steps following so that a step has the same samples.",
+    )
     gradient_accumulation_steps: int = Field(
         default=2,
         ge=1,
         description="Forward passes whose gradients are summed into one optimizer step.",
+    )
+    samples_per_step: int | None = Field(
+        default=None,
+        ge=1,
+        description="Samples of one optimizer step, to be cut by micro_batch_size: auto; null: "
+        f"micro_batch_size x gradient_accumulation_steps, auto counting as {_AUTO_COUNTS_AS}.",
     )
     packing: bool = Field(
         default=False,
@@ -173,6 +188,29 @@ class Recipe(_Section):
     seed: int = Field(
         default=0, ge=0, le=2**32 - 1, description="Seed of initialisation, order and dropout."
     )
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Samples of one optimizer step, however it is cut into micro-batches."""
+        if self.samples_per_step is not None:
+            return self.samples_per_step
+        size = _AUTO_COUNTS_AS if self.micro_batch_size == "auto" else self.micro_batch_size
+        return size * self.gradient_accumulation_steps
+
+    @field_validator("samples_per_step")
+    @classmethod
+    def _agrees_with_a_given_micro_batch_size(
+        cls, samples: int | None, info: ValidationInfo
+    ) -> int | None:
+        size = info.data.get("micro_batch_size")
+        passes = info.data.get("gradient_accumulation_steps")
+        if samples and isinstance(size, int) and passes and samples != size * passes:
+            expected = (
+                f"{size * passes}, which is micro_batch_size x gradient_accumulation_steps; null; "
+                "or any number with micro_batch_size: auto"
+            )
+            raise PydanticCustomError(CONTRADICTION, "{expected}", {"expected": expected})
+        return samples
 
 
 @dataclass(frozen=True)

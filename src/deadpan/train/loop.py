@@ -12,8 +12,8 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,18 +38,21 @@ from deadpan.models.attention import kernels
 from deadpan.models.build import checkpoint_layers
 from deadpan.processing.collate import Batch
 from deadpan.processing.processor import load_processor
-from deadpan.train import state
-from deadpan.train.loader import batches, worker_count
+from deadpan.train import memory, state
+from deadpan.train.loader import MicroBatches, batches, worker_count
 from deadpan.train.plan import MicroBatch, Plan
+from deadpan.train.rehearsal import choose_micro_batch_size
 from deadpan.train.schedule import schedule
 from deadpan.train.survey import Survey, survey
 from deadpan.train.watcher import Watcher
 
 _MAY_CHANGE = {
-    "attention", "data.workers", "device", "keep_checkpoints", "log_every_steps", "run",
-    "save_every_steps",
+    "attention", "data.workers", "device", "gradient_checkpointing", "keep_checkpoints",
+    "log_every_steps", "run", "save_every_steps",
 }  # fmt: skip
 """Recipe keys that a resumed run may have otherwise than before."""
+_CUTS_A_STEP = {"micro_batch_size", "gradient_accumulation_steps", "samples_per_step"}
+"""Recipe keys that a resumed run may have otherwise as long as a step has as many samples."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +81,21 @@ class Trainer:
         recipe: What to do.
         resume: Go on from the run folder's newest checkpoint.
         watcher: Is told what happens.
+        dry_run: No run will follow, so one that is in the folder is not in the way.
 
     Raises:
         DeadpanError: If the data, the model, or the run folder is not in order.
     """
 
-    def __init__(self, recipe: Recipe, resume: bool, watcher: Watcher) -> None:
-        self.recipe, self.watcher = recipe, watcher
+    def __init__(
+        self, recipe: Recipe, resume: bool, watcher: Watcher, dry_run: bool = False
+    ) -> None:
+        self.watcher = watcher
         self.run = Path(recipe.run)
-        self._checkpoint = _open_run(self.run, recipe, resume)
+        self._checkpoint = None
+        if resume or not dry_run:
+            self._checkpoint, recipe = _open_run(self.run, recipe, resume)
+        self.recipe = recipe
         self.device = choose_device(recipe.device)
         self.dtype = choose_dtype(recipe.precision, self.device)
         set_seed(recipe.seed)
@@ -109,12 +118,16 @@ class Trainer:
         self.plan = Plan(
             len(self.survey.records),
             recipe.epochs,
-            recipe.micro_batch_size,
-            recipe.gradient_accumulation_steps,
+            # `auto` starts as the whole step at once; `divide` cuts it.
+            recipe.effective_batch_size
+            if recipe.micro_batch_size == "auto"
+            else recipe.micro_batch_size,
+            1 if recipe.micro_batch_size == "auto" else recipe.gradient_accumulation_steps,
             recipe.seed,
             recipe.max_steps,
         )
-        self.model = self._load_model(folder)
+        with self._memory_explained():
+            self.model = self._load_model(folder)
         self._prepare()
 
     def _load_model(self, folder: Path) -> PeftModel:
@@ -183,21 +196,48 @@ class Trainer:
 
     def train(self) -> Result:
         """Run to the end, or until SIGINT or SIGTERM asks to stop; either way the last step is saved."""
-        recipe = self.recipe
-        last = self._open_log()
+        if self.recipe.micro_batch_size == "auto":
+            self.divide(choose_micro_batch_size(self))
+        with self._memory_explained():
+            return self._train()
+
+    def divide(self, micro_batch_size: int) -> None:
+        """Settle the micro-batch size; a step keeps its samples."""
+        self.plan = self.plan.divided(micro_batch_size)
+        settled = {
+            "micro_batch_size": micro_batch_size,
+            "gradient_accumulation_steps": self.plan.accumulation,
+        }
+        self.recipe = self.recipe.model_copy(update=settled)
+
+    def rehearse(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Do an optimizer step on micro-batches of any choice, which is neither logged nor saved."""
+        prepare = MicroBatches(self.survey.records, self.processor, self.recipe.packing)
+        self._step([(micro_batch, prepare.batch(micro_batch)) for micro_batch in micro_batches])
+
+    def steps(self) -> Generator[dict[str, Any], None, None]:
+        """Do the run's steps, yielding each one's metrics."""
         loader = batches(
             self.survey.records,
             self.processor,
             self.plan,
             self.position.step,
-            recipe.packing,
-            worker_count(recipe.data.workers, self.device),
+            self.recipe.packing,
+            worker_count(self.recipe.data.workers, self.device),
         )
+        return self._steps(loader)
+
+    def _memory_explained(self) -> AbstractContextManager[None]:
+        return memory.explained(self.recipe, self.run, self.processor.tile_policy.max_tiles)
+
+    def _train(self) -> Result:
+        recipe = self.recipe
+        last = self._open_log()
         metrics = last or {"loss": math.nan}
         saved = self._checkpoint
         self.watcher.starting(self.plan, self.position.step, self.survey)
         with self._log.open("a", encoding="utf-8") as log, _stop_signal() as stop:
-            for metrics in self._steps(loader):
+            for metrics in self.steps():
                 step = metrics["step"]
                 if step % recipe.log_every_steps == 0 or step == self.plan.steps:
                     log.write(json.dumps(metrics) + "\n")
@@ -235,8 +275,7 @@ class Trainer:
             ) from None
         return kept[-1] if kept else None
 
-    def _steps(self, loader: DataLoader) -> Iterator[dict[str, Any]]:
-        """Do the steps, yielding each one's metrics."""
+    def _steps(self, loader: DataLoader) -> Generator[dict[str, Any], None, None]:
         began = time.perf_counter()
         waited = 0.0
         step: list[tuple[MicroBatch, Batch]] = []
@@ -327,8 +366,10 @@ class Trainer:
         )
 
 
-def _open_run(run: Path, recipe: Recipe, resume: bool) -> Path | None:
-    """The checkpoint to resume from, or None for a fresh run.
+def _open_run(run: Path, recipe: Recipe, resume: bool) -> tuple[Path | None, Recipe]:
+    """The checkpoint to resume from, or None for a fresh run; and the recipe.
+
+    A resumed run whose recipe says micro_batch_size: auto goes on with the size that was chosen at first.
 
     Raises:
         DeadpanError: If a fresh run would overwrite one, or there is nothing to resume, or another recipe was trained.
@@ -342,14 +383,20 @@ def _open_run(run: Path, recipe: Recipe, resume: bool) -> Path | None:
                 found=f"checkpoints up to {existing[-1].name}",
                 fix="add --resume to go on with it, or choose another folder with run=runs/NAME",
             )
-        return None
+        return None, recipe
     if not existing:
         raise DeadpanError(
             "There is no checkpoint to resume from.", where=run, fix="leave out --resume to start"
         )
     state.verify(existing[-1])
-    before, now = _leaves(load_recipe(run / "recipe.yaml")), _leaves(recipe)
-    changed = [key for key in now if key not in _MAY_CHANGE and now[key] != before[key]]
+    started = load_recipe(run / "recipe.yaml")
+    may_change = set(_MAY_CHANGE)
+    if recipe.effective_batch_size == started.effective_batch_size:
+        may_change |= _CUTS_A_STEP
+        if recipe.micro_batch_size == "auto":
+            recipe = recipe.model_copy(update={key: getattr(started, key) for key in _CUTS_A_STEP})
+    before, now = _leaves(started), _leaves(recipe)
+    changed = [key for key in now if key not in may_change and now[key] != before[key]]
     if changed:
         raise DeadpanError(
             "The recipe is not the one that the run was started with.",
@@ -358,7 +405,7 @@ def _open_run(run: Path, recipe: Recipe, resume: bool) -> Path | None:
             found="; ".join(f"{key}: {inline_yaml(now[key])}" for key in changed),
             fix=f"resume with deadpan train {run / 'recipe.yaml'} --resume, or start a new run",
         )
-    return existing[-1]
+    return existing[-1], recipe
 
 
 def _leaves(recipe: Recipe) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def save(
         tensors = {
             "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict(),
-            "random": _random_state(),
+            "random": random_state(),
         }
         torch.save(tensors, temporary / _STATE_TENSORS)
         (temporary / _STATE).write_text(json.dumps(asdict(position), indent=2) + "\n")
@@ -225,11 +225,12 @@ def restore(
     tensors = torch.load(checkpoint / _STATE_TENSORS, map_location="cpu", weights_only=True)
     optimizer.load_state_dict(tensors["optimizer"])
     scheduler.load_state_dict(tensors["scheduler"])
-    _set_random_state(tensors["random"])
+    set_random_state(tensors["random"])
     return Position(**json.loads((checkpoint / _STATE).read_text()))
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
+    """Where all random number generators stand."""
     kind, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
     version, numbers, gauss_next = random.getstate()
     return {
@@ -240,7 +241,8 @@ def _random_state() -> dict[str, Any]:
     }
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put them back to where they stood."""
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -29,6 +29,9 @@ class Watcher:
     def starting(self, plan: Plan, done: int, survey: Survey) -> None:
         """The first step is about to begin, `done` steps having been done before."""
 
+    def measuring(self, what: str) -> None:
+        """Something is being measured before the first step."""
+
     def stepped(self, metrics: dict[str, Any]) -> None:
         """A step is done."""
 
@@ -66,6 +69,11 @@ class ProgressWatcher(Watcher):
 
     def surveying(self, done: int, total: int) -> None:
         self._advance("checking records", done, total)
+
+    def measuring(self, what: str) -> None:
+        if "measuring" not in self._tasks:
+            self._tasks["measuring"] = self._progress.add_task("measuring", total=None, note="")
+        self._progress.update(self._tasks["measuring"], advance=1, note=what)
 
     def starting(self, plan: Plan, done: int, survey: Survey) -> None:
         tokens = sum(survey.lengths)
