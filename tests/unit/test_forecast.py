@@ -144,7 +144,7 @@ def test_what_does_not_fit_says_what_to_change_and_how_that_is_known() -> None:
     assert "micro_batch_size=4 gradient_accumulation_steps=4 12.00 fits" in lines
     assert "quantization=nf4 18.00 fits, estimated" in lines
     assert "max_tiles=6 21.00 does not fit, estimated" in lines
-    assert "gradient_checkpointing=true ? one sample alone ran out" in lines
+    assert "gradient_checkpointing=true ? no figure" in lines
     assert "samples/s" not in text
 
 

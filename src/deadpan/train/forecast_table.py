@@ -107,7 +107,7 @@ def _trials(title: str, trials: list[Trial]) -> Table:
     table = _grid(f"\n{title}", "\nGiB")
     for trial in trials:
         if trial.peak is None:
-            table.add_row(trial.change, "?", "one sample alone ran out")
+            table.add_row(trial.change, "?", "no figure")
             continue
         fits = "fits" if trial.fits else "does not fit"
         table.add_row(
