@@ -282,3 +282,32 @@ def test_every_key_is_described() -> None:
     for key in keys().values():
         assert key.description.endswith("."), key.name
         assert key.expected, key.name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "samples"),
+    [
+        ((), 16),
+        (("micro_batch_size=3", "gradient_accumulation_steps=5"), 15),
+        (("micro_batch_size=auto",), 16),
+        (("micro_batch_size=auto", "gradient_accumulation_steps=3"), 24),
+        (("micro_batch_size=auto", "samples_per_step=12"), 12),
+        (("samples_per_step=16",), 16),
+    ],
+)
+def test_a_step_has_the_same_samples_however_it_is_cut(
+    recipe_file: Path, overrides: tuple[str, ...], samples: int
+) -> None:
+    assert load_recipe(recipe_file, overrides).effective_batch_size == samples
+
+
+def test_samples_per_step_may_not_contradict_a_given_micro_batch_size(recipe_file: Path) -> None:
+    error = refused(recipe_file, MINIMAL, "samples_per_step=12")
+    assert error.what == "The recipe's key 'samples_per_step' has a wrong value."
+    assert error.found == "12"
+    assert error.expected == (
+        "16, which is micro_batch_size x gradient_accumulation_steps; null; "
+        "or any number with micro_batch_size: auto"
+    )
+    error = refused(recipe_file, MINIMAL, "samples_per_step=0")
+    assert error.expected == "integer >= 1 or null"
