@@ -19,6 +19,8 @@ def test_nano_takes_the_memory_that_was_foretold(tmp_path: Path) -> None:
     recipe = ["max_steps=4", "run=run"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     # Side by side: they do not need one another, and each imports PyTorch for seconds.
+    for folder in ("forecast", "real"):
+        (tmp_path / folder).mkdir()
     running = [
         subprocess.Popen(
             [*COMMAND, *arguments],
@@ -31,7 +33,6 @@ def test_nano_takes_the_memory_that_was_foretold(tmp_path: Path) -> None:
             ("forecast", [*recipe, "--dry-run", "--json"]),
             ("real", recipe),
         )
-        if not (tmp_path / folder).mkdir()
     ]
     forecast, _ = [process.communicate(timeout=120)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0]

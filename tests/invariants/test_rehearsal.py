@@ -4,7 +4,7 @@ The run after a search for the micro-batch size is, bit for bit, the run that wa
 dry run writes nothing; and when memory runs out, what was saved is kept and can be gone on with.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +213,19 @@ def test_what_does_not_fit_gets_changes_that_do(
     )
     assert not changes["gradient_checkpointing=true"].fits  # that was tried, and ran out too
     assert tried[-1] == 4
+
+
+def test_a_step_of_the_runs_own_order_that_runs_out_is_no_fit_either(
+    make: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def steps(self: Trainer) -> Generator[dict[str, Any], None, None]:
+        yield {}
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Trainer, "steps", steps)
+    found = forecast(make(tmp_path / "run", micro_batch_size=2, max_steps=3))
+    assert (found.fits, found.pace) == (False, None)
+    assert found.changes[0].change == "micro_batch_size=1 gradient_accumulation_steps=4"
 
 
 def test_on_a_cpu_nothing_is_tried_that_should_not_fit(

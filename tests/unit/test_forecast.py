@@ -1,5 +1,6 @@
 import io
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -72,7 +73,7 @@ def test_the_time_goes_by_computed_tokens() -> None:
     assert (pace.samples_per_second, pace.tokens_per_second) == (2.0, 225.0)
 
 
-def of_gib(activations: float, **changes: object) -> Forecast:
+def of_gib(activations: float, **changes: Any) -> Forecast:
     memory = Memory(4 * GIB, GIB, GIB, 2 * GIB, GIB, round(activations * GIB))
     whole = Load(samples=1600, tokens=180_000, computed=400_000)
     found = Forecast(

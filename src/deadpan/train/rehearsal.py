@@ -6,7 +6,7 @@ measured is what will happen. Nothing is written, and where a run follows, all i
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -154,8 +154,14 @@ class Rehearsal:
             changes=[],
         )
         if found.fits:
-            return replace(found, pace=self._pace(chosen.whole))
-        return replace(found, changes=list(self._changes(chosen)))
+            pace = self._pace(chosen.whole)
+            assert found.memory is not None
+            # Steps of all lengths in turn leave gaps between blocks of memory, which is seen here.
+            highest = max(found.memory, self._peak(), key=lambda memory: memory.peak)
+            found = replace(found, pace=pace, memory=highest, measured=pace is not None)
+        if found.fits:
+            return found
+        return replace(found, pace=None, changes=list(self._changes(chosen)))
 
     def largest(self) -> _Outcome:
         """The largest micro-batch size that fits, or the outcome of 1 if none does.
@@ -224,7 +230,12 @@ class Rehearsal:
             step = [replace(self._short, last=False), leader] if several else [leader]
             if not self._ready or not self._run(step):
                 return estimate
-        memory = split(
+        return _Outcome(size, load, whole, self._peak(), measured=True)
+
+    def _peak(self) -> Memory:
+        """What the peak since the last measurement is made of."""
+        trainer = self._trainer
+        return split(
             self._meter.peak(),
             self._level,
             sum(bytes_of(p) for p in trainer.model.parameters() if not p.requires_grad),
@@ -236,7 +247,6 @@ class Rehearsal:
                 if isinstance(value, torch.Tensor)
             ),
         )
-        return _Outcome(size, load, whole, memory, measured=True)
 
     def _run(self, micro_batches: list[MicroBatch]) -> bool:
         """Do a step; False if memory ran out."""
@@ -287,8 +297,8 @@ class Rehearsal:
     def _estimated(self, change: str, peak: int | None) -> Trial:
         return Trial(change, peak, measured=False, fits=peak is not None and peak <= self.limit)
 
-    def _pace(self, whole: Load) -> Pace:
-        """Time steps of the run's own order, the first left out if there are more."""
+    def _pace(self, whole: Load) -> Pace | None:
+        """Time steps of the run's own order, the first left out if there are more; None if memory ran out."""
         trainer = self._trainer
         trainer.watcher.measuring("speed")
         sizes, packing, done = trainer.survey.sizes, trainer.recipe.packing, trainer.position.step
@@ -298,16 +308,20 @@ class Rehearsal:
         )
         only_one = trainer.plan.steps - done == 1
         timed, steps, seconds = Load(), 0, 0.0
-        running = trainer.steps()
         began = time.perf_counter()
-        for number, (load, _) in enumerate(zip(loads, running, strict=True)):
-            now = time.perf_counter()
-            if number or only_one:
-                timed, steps, seconds = timed + load, steps + 1, seconds + now - began
-            began = now
-            if steps == _TIMED_STEPS or seconds > _TIMED_SECONDS:
-                break
-        running.close()
+        try:
+            with closing(trainer.steps()) as running:
+                for number, (load, _) in enumerate(zip(loads, running, strict=True)):
+                    now = time.perf_counter()
+                    if number or only_one:
+                        timed, steps, seconds = timed + load, steps + 1, seconds + now - began
+                    began = now
+                    if steps == _TIMED_STEPS or seconds > _TIMED_SECONDS:
+                        break
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+            return None
         return Pace(steps, seconds, timed, whole)
 
 
