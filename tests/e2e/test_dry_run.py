@@ -40,7 +40,7 @@ def test_nano_takes_the_memory_that_was_foretold(tmp_path: Path) -> None:
     figures = json.loads(forecast)
     log = (tmp_path / "real" / "run" / "metrics.jsonl").read_text().splitlines()
     measured = json.loads(log[-1])["memory_gib"]
-    # Half of it is the interpreter; without the activations the forecast would be 45% too low.
+    # A third of it is activations; without them the forecast would be that much too low.
     assert figures["peak"] / 2**30 == pytest.approx(measured, rel=0.15)
     assert figures["steps"] == 4
     assert figures["whole"]["samples"] == 4 * 16

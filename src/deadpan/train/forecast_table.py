@@ -13,13 +13,14 @@ def tables(forecast: Forecast) -> Group:
     found = forecast
     steps = f"{found.steps:,} step" + ("" if found.steps == 1 else "s")
     heavy = found.heaviest
+    padding = "" if heavy.computed == heavy.tokens else " with padding"
     samples = f"{heavy.samples} sample" + ("" if heavy.samples == 1 else "s")
     parts: list[RenderableType] = [
         Text(f"Forecast for {found.run}, on {found.device}; nothing was written", style="bold"),
         Text(
             f"{found.records:,} records, {steps} of {found.micro_batch_size} x "
             f"{found.gradient_accumulation_steps} samples, {found.whole.tokens:,} tokens in all\n"
-            f"the largest batch: {samples}, {heavy.computed:,} tokens with padding, {heavy.tiles:,} tiles"
+            f"the largest batch: {samples}, {heavy.computed:,} tokens{padding}, {heavy.tiles:,} tiles"
         ),
         _memory(found),
         _verdict(found),
