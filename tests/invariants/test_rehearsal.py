@@ -6,12 +6,13 @@ dry run writes nothing; and when memory runs out, what was saved is kept and can
 
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from deadpan.config.loader import load_recipe
+from deadpan.config.schema import Optimizer
 from deadpan.errors import DeadpanError
 from deadpan.train.forecast import Forecast
 from deadpan.train.loop import Trainer
@@ -72,6 +73,19 @@ def test_auto_is_bit_for_bit_the_run_with_the_size_it_chooses(
     settled = load_recipe(tmp_path / "auto" / "recipe.yaml")
     assert settled.micro_batch_size == size
     assert settled.gradient_accumulation_steps == 4 // size
+
+
+@pytest.mark.parametrize("name", get_args(Optimizer.model_fields["name"].annotation))
+def test_no_optimizer_remembers_the_rehearsal(
+    make: MakeRecipe, tmp_path: Path, room_for: Callable[[int], list[int]], name: str
+) -> None:
+    optimizer = {"optimizer": {"name": name, "lr": 0.01}}
+    given = {"micro_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3}
+    explicit = train(make(tmp_path / "explicit", **given, **optimizer))
+    room_for(2)
+    result = train(make(tmp_path / "auto", **AUTO, **optimizer))
+    assert course(tmp_path / "auto") == course(tmp_path / "explicit")
+    assert identical(result_of(result.checkpoint), result_of(explicit.checkpoint))
 
 
 def test_resuming_keeps_the_size_that_was_chosen_at_first(

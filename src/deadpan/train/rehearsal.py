@@ -4,6 +4,7 @@ The steps are those of the training loop, with its model, optimizer and data loa
 measured is what will happen. Nothing is written, and where a run follows, all is put back before it.
 """
 
+import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -59,7 +60,9 @@ def _taken_back(trainer: "Trainer") -> Iterator[None]:
     """Afterwards weights, optimizer, schedule, random numbers and position are as before."""
     # On the CPU, so that they do not count in what is measured on a GPU.
     weights = [parameter.detach().to("cpu", copy=True) for parameter in trainer.trainable]
-    optimizer, scheduler = trainer.optimizer.state_dict(), trainer.scheduler.state_dict()
+    # A state dictionary shares what it holds with its optimizer.
+    optimizer = copy.deepcopy(trainer.optimizer.state_dict())
+    scheduler = trainer.scheduler.state_dict()
     random, position = state.random_state(), trainer.position
     try:
         yield
