@@ -187,6 +187,38 @@ def test_a_dry_run_may_look_at_a_folder_that_holds_a_run(make: MakeRecipe, tmp_p
     }
 
 
+def test_of_a_finished_run_there_is_nothing_to_foretell(make: MakeRecipe, tmp_path: Path) -> None:
+    train(make(tmp_path / "run", max_steps=1))
+    with pytest.raises(DeadpanError, match="The run is finished"):
+        forecast(make(tmp_path / "run", max_steps=1), resume=True)
+
+
+def test_a_size_that_was_too_large_is_not_in_the_peak_of_the_one_that_was_chosen(
+    make: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks: list[int] = []
+    real = Trainer._step
+
+    def step(self: Trainer, step: list[Any]) -> dict[str, Any]:
+        peaks.append(max(len(micro_batch.indices) for micro_batch, _ in step))
+        return real(self, step)
+
+    def reset(self: Meter) -> None:
+        peaks.clear()
+
+    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(Meter, "reset", reset)
+    # From one sample four do not seem to fit; from two they do, and then they do not.
+    gib = {0: 0.0, 1: 1.0, 2: 1.1, 4: 9.0}
+    monkeypatch.setattr(Meter, "now", lambda self: 2**30)
+    monkeypatch.setattr(Meter, "peak", lambda self: 2**30 + int(gib[max(peaks, default=0)] * 2**30))
+    monkeypatch.setattr(Meter, "limit", lambda self: int(3.6 * 2**30))
+    found = forecast(make(tmp_path / "run", **AUTO))
+    assert [trial.fits for trial in found.sizes] == [True, True, False]
+    assert found.micro_batch_size == 2
+    assert found.peak == 2**30 + int(1.1 * 2**30)
+
+
 def test_what_does_not_fit_gets_changes_that_do(
     make: MakeRecipe,
     tmp_path: Path,
@@ -232,8 +264,10 @@ def test_what_does_not_fit_gets_changes_that_do(
 def test_a_step_of_the_runs_own_order_that_runs_out_is_no_fit_either(
     make: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    real = Trainer.steps
+
     def steps(self: Trainer) -> Generator[dict[str, Any], None, None]:
-        yield {}
+        yield from real(self)
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(Trainer, "steps", steps)

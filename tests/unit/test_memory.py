@@ -1,3 +1,4 @@
+import mmap
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,13 @@ def test_a_peak_is_that_since_the_last_reset() -> None:
     meter = Meter(CPU)
     meter.reset()
     before = meter.now()
-    held = torch.ones(64 * MIB // 4)
-    assert 60 * MIB < meter.now() - before < 80 * MIB
-    del held
-    assert 60 * MIB < meter.peak() - before < 80 * MIB
+    # Straight from the system: an allocator might have as much left over from before.
+    with mmap.mmap(-1, 64 * MIB) as held:
+        held.write(b"x" * 64 * MIB)
+        assert 60 * MIB < meter.now() - before
+    assert 60 * MIB < meter.peak() - before
     meter.reset()
-    assert meter.peak() - before < 20 * MIB
+    assert meter.peak() - before < 40 * MIB
 
 
 def test_a_run_plans_with_less_than_is_there_and_has_its_own_memory_too() -> None:

@@ -109,10 +109,19 @@ class Rehearsal:
 
     Attributes:
         limit: The bytes that the run may plan with.
+
+    Raises:
+        DeadpanError: If the run is finished.
     """
 
     def __init__(self, trainer: "Trainer") -> None:
-        self._trainer = trainer
+        if trainer.position.step == trainer.plan.steps:
+            raise DeadpanError(
+                "The run is finished: no step is left to measure.",
+                where=trainer.run,
+                fix="leave out --resume to forecast the run from its beginning",
+            )
+        self._trainer, self._done = trainer, trainer.position.step
         self._meter = Meter(trainer.device)
         self._loading = self._meter.peak()
         self._available, self.limit = self._meter.available(), self._meter.limit()
@@ -141,7 +150,7 @@ class Rehearsal:
             device=_name(trainer.device),
             run=str(trainer.run),
             records=plan.records,
-            steps=plan.steps - trainer.position.step,
+            steps=plan.steps - self._done,
             micro_batch_size=plan.micro_batch_size,
             gradient_accumulation_steps=plan.accumulation,
             whole=chosen.whole,
@@ -203,9 +212,9 @@ class Rehearsal:
         return outcome.peak is not None and outcome.peak <= self.limit
 
     def _estimate(self, size: int, sizes: Sequence[Size] | None = None) -> _Outcome:
-        """Scale the largest outcome that was measured, with other sizes of the samples if given."""
+        """Scale the nearest measured outcome that is not larger, with other sizes of the samples if given."""
         load, whole = self._heaviest(size, sizes)[1:]
-        known = [outcome for outcome in self._outcomes.values() if outcome.measured]
+        known = [each for each in self._outcomes.values() if each.measured and each.size <= size]
         if not known:
             return _Outcome(size, load, whole, None, measured=False)
         nearest = max(known, key=lambda outcome: outcome.size)
@@ -219,7 +228,7 @@ class Rehearsal:
         trainer = self._trainer
         sizes = trainer.survey.sizes if sizes is None else sizes
         plan, packing = trainer.plan.divided(size), trainer.recipe.packing
-        leaders, whole = heaviest(plan.micro_batches(trainer.position.step), sizes, packing)
+        leaders, whole = heaviest(plan.micro_batches(self._done), sizes, packing)
         return leaders, load_of(leaders[0], sizes, packing), whole
 
     def _measure(self, size: int, estimate: _Outcome) -> _Outcome:
@@ -236,7 +245,7 @@ class Rehearsal:
         return _Outcome(size, load, whole, self._peak(), measured=True)
 
     def _peak(self) -> Memory:
-        """What the peak since the last measurement is made of."""
+        """What the peak since the meter's last reset is made of."""
         trainer = self._trainer
         return split(
             self._meter.peak(),
@@ -304,7 +313,8 @@ class Rehearsal:
         """Time steps of the run's own order, the first left out if there are more; None if memory ran out."""
         trainer = self._trainer
         trainer.watcher.measuring("speed")
-        sizes, packing, done = trainer.survey.sizes, trainer.recipe.packing, trainer.position.step
+        self._meter.reset()
+        sizes, packing, done = trainer.survey.sizes, trainer.recipe.packing, self._done
         loads = (
             sum((load_of(micro_batch, sizes, packing) for micro_batch in step), Load())
             for _, step in groupby(trainer.plan.micro_batches(done), lambda batch: batch.step)
