@@ -66,12 +66,17 @@ def course(run: Path) -> list[tuple[int, float, float, float]]:
 
 
 def result_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """What a run has come to: the adapter, the optimizer's moments, PyTorch's random numbers."""
+    """What a run has come to: the adapter, the optimizer's moments, PyTorch's random numbers.
+
+    And, where they are not the adapter's, the weights that training goes on from.
+    """
     saved = torch.load(checkpoint / "state.pt", weights_only=True)
     rows = saved["optimizer"]["state"].items()
-    moments = {f"{i}.{name}": value for i, row in rows for name, value in row.items()}
+    # Some libraries count steps as plain integers.
+    moments = {f"{i}.{name}": torch.as_tensor(v) for i, row in rows for name, v in row.items()}
     adapter = load_file(checkpoint / "adapter_model.safetensors")
-    return {**adapter, **moments, "random": saved["random"]["torch"]}
+    weights = {f"training.{name}": w for name, w in saved.get("training_weights", {}).items()}
+    return {**adapter, **moments, **weights, "random": saved["random"]["torch"]}
 
 
 def identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -5,6 +5,8 @@ import pytest
 from deadpan.config.loader import bundled, bundled_text, dump_recipe, load_recipe
 from deadpan.config.schema import Data, Optimizer, Recipe, keys
 from deadpan.errors import DeadpanError
+from deadpan.train.optimizers import learning_rate
+from deadpan.train.schedule import resolve
 
 MINIMAL = "model: some/model\ndata: {train: train.json}\n"
 
@@ -27,9 +29,10 @@ def test_defaults_are_the_walkthroughs_figures(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file)
     assert (recipe.micro_batch_size, recipe.gradient_accumulation_steps, recipe.epochs) == (8, 2, 8)
     assert recipe.optimizer == Optimizer(
-        name="adamw", lr=1e-5, betas=(0.9, 0.999), weight_decay=0.05, eps=1e-8, max_grad_norm=1.0
+        name="adamw", lr="auto", betas=(0.9, 0.999), weight_decay=0.05, eps=1e-8, max_grad_norm=1.0
     )
-    assert (recipe.schedule.name, recipe.schedule.warmup_ratio) == ("cosine", 0.03)
+    assert learning_rate(recipe.optimizer) == 1e-5
+    assert resolve(recipe.schedule, "adamw") == ("cosine", 0.03)
     assert (recipe.lora.r, recipe.lora.lora_alpha, recipe.lora.lora_dropout) == (128, 256, 0.05)
     assert (recipe.lora.target_modules, recipe.max_length) == ("all-linear", 8192)
 
@@ -39,6 +42,15 @@ def test_defaults_are_the_walkthroughs_figures(recipe_file: Path) -> None:
     [
         ("internvl2-2b-lora", {"packing": True}),
         ("internvl2-2b-qlora", {"packing": True, "quantization": "nf4"}),
+        (
+            "internvl2-2b-dadapt",
+            {
+                "packing": True,
+                "quantization": "nf4",
+                "optimizer": Optimizer(name="dadapt_adam", lr=1.0),
+                "micro_batch_size": 12,
+            },
+        ),
         (
             "internvl2-8b-qlora",
             {
@@ -60,7 +72,8 @@ def test_bundled_recipes_are_the_defaults_but_for_what_they_say(
         run=f"runs/{name}",
     )
     assert recipe == plain.model_copy(update=differences)
-    assert recipe.micro_batch_size * recipe.gradient_accumulation_steps == 16
+    samples = recipe.micro_batch_size * recipe.gradient_accumulation_steps
+    assert samples == (24 if name.endswith("dadapt") else 16)
 
 
 def test_bundled_descriptions_are_the_first_comments() -> None:

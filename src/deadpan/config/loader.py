@@ -272,12 +272,14 @@ def _mistakes(
         else:
             # A union reports each of its branches and a list each item: their key stands for all.
             key = _known_part(detail["loc"])
-            contradiction = detail["type"] == CONTRADICTION
+            expected = keys()[key].expected
+            if detail["type"] == CONTRADICTION:
+                key, expected = detail["ctx"].get("key", key), detail["ctx"]["expected"]
             mistakes[key] = _Mistake(
                 key,
                 "has a wrong value",
                 _origin(key, where, overridden),
-                detail["ctx"]["expected"] if contradiction else keys()[key].expected,
+                expected,
                 inline_yaml(reduce(getitem, key.split("."), values)),
             )
     return list(mistakes.values())

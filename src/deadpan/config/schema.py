@@ -23,6 +23,10 @@ CONTRADICTION = "contradiction"
 """The type of an error about a key that does not agree with another; its context says what would."""
 _AUTO_COUNTS_AS = 8
 
+LEARNING_RATE_FREE = ("dadapt_adam", "prodigy")
+"""Optimizers that find the learning rate: `lr` multiplies it, and belongs near 1."""
+_LEAST_MULTIPLIER = 0.01
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -71,35 +75,88 @@ class Data(_Section):
 
 
 class Optimizer(_Section):
-    """How a gradient becomes a step."""
+    """How a gradient becomes a step. Weight decay is decoupled (AdamW's) in all of them."""
 
-    name: Literal["adamw"] = Field(default="adamw", description="The algorithm.")
-    lr: float = Field(default=1e-5, gt=0, description="Learning rate at its peak.")
+    name: Literal["adamw", "dadapt_adam", "prodigy", "schedulefree_adamw"] = Field(
+        default="adamw",
+        description="The algorithm. dadapt_adam and prodigy find the learning rate by themselves; "
+        "schedulefree_adamw averages its steps instead of lowering the rate, and saves the average.",
+    )
+    lr: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        default="auto",
+        description="Learning rate at its peak; for dadapt_adam and prodigy a factor of the rate "
+        "that they find, at least 0.01. auto: 1e-5 for adamw, 5e-5 for schedulefree_adamw, 1 for the others.",
+    )
     betas: Betas = Field(
         default=(0.9, 0.999),
         description="Decay of the running means of the gradient and of its square.",
     )
     weight_decay: float = Field(default=0.05, ge=0, description="Decoupled weight decay.")
     eps: float = Field(default=1e-8, gt=0, description="Added to the denominator of each step.")
+    d0: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="dadapt_adam and prodigy only: the rate they start from, below the right one; "
+        "null: 1e-6.",
+    )
+    d_coef: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="prodigy only: a factor of its estimate, the preferred way to tune it; null: 1.",
+    )
+    growth_rate: Annotated[float, Field(gt=1)] | None = Field(
+        default=None,
+        description="dadapt_adam and prodigy only: the most that the rate may grow in a step, as a "
+        "factor; null: any.",
+    )
     max_grad_norm: float = Field(
         default=1.0,
         gt=0,
         description="Gradients whose overall norm is larger are scaled down to it.",
     )
 
+    @field_validator("lr")
+    @classmethod
+    def _is_a_multiplier_near_one(
+        cls, lr: float | Literal["auto"], info: ValidationInfo
+    ) -> float | Literal["auto"]:
+        name = info.data.get("name")
+        if name in LEARNING_RATE_FREE and lr != "auto" and lr < _LEAST_MULTIPLIER:
+            raise contradiction(
+                f"auto, 1.0 or a number near it (at least {_LEAST_MULTIPLIER}): {name} finds the "
+                "learning rate, and lr multiplies it"
+            )
+        return lr
+
+    @field_validator("betas")
+    @classmethod
+    def _is_averaged(cls, betas: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
+        if info.data.get("name") == "schedulefree_adamw" and betas[0] == 0:
+            raise contradiction("a first number > 0 with schedulefree_adamw, which divides by it")
+        return betas
+
+    @field_validator("d0", "d_coef", "growth_rate")
+    @classmethod
+    def _is_read(cls, value: float | None, info: ValidationInfo) -> float | None:
+        readers = ("prodigy",) if info.field_name == "d_coef" else LEARNING_RATE_FREE
+        name = info.data.get("name")
+        if value is not None and name is not None and name not in readers:
+            raise contradiction(
+                f"null, or optimizer.name: {' or '.join(readers)}; {name} does not read it"
+            )
+        return value
+
 
 class Schedule(_Section):
     """How the learning rate moves over the run."""
 
-    name: Literal["cosine", "constant"] = Field(
-        default="cosine",
-        description="The shape after the warm-up: down to zero along a cosine, or level.",
+    name: Literal["auto", "cosine", "constant"] = Field(
+        default="auto",
+        description="The shape after the warm-up: down to zero along a cosine, or level; auto: "
+        "cosine for adamw, constant for the other optimizers.",
     )
-    warmup_ratio: float = Field(
-        default=0.03,
-        ge=0,
-        lt=1,
-        description="Share of the steps in which the rate climbs linearly to its peak.",
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = Field(
+        default="auto",
+        description="Share of the steps in which the rate climbs linearly to its peak; auto: 0.03, "
+        "and 0 for dadapt_adam and prodigy, whose own rate climbs from nearly nothing.",
     )
 
 
@@ -209,8 +266,35 @@ class Recipe(_Section):
                 f"{size * passes}, which is micro_batch_size x gradient_accumulation_steps; null; "
                 "or any number with micro_batch_size: auto"
             )
-            raise PydanticCustomError(CONTRADICTION, "{expected}", {"expected": expected})
+            raise contradiction(expected)
         return samples
+
+    @field_validator("schedule")
+    @classmethod
+    def _suits_the_optimizer(cls, schedule: Schedule, info: ValidationInfo) -> Schedule:
+        optimizer = info.data.get("optimizer")
+        if (
+            optimizer is not None
+            and optimizer.name == "schedulefree_adamw"
+            and schedule.name == "cosine"
+        ):
+            raise contradiction(
+                "auto or constant with schedulefree_adamw, whose averaging takes the place of a falling rate",
+                "schedule.name",
+            )
+        return schedule
+
+
+def contradiction(expected: str, key: str | None = None) -> PydanticCustomError:
+    """An error about a value that does not agree with another.
+
+    Args:
+        expected: What would agree.
+        key: The dotted key at fault, if it is not the one that is being checked.
+    """
+    return PydanticCustomError(
+        CONTRADICTION, "{expected}", {"expected": expected} | ({"key": key} if key else {})
+    )
 
 
 @dataclass(frozen=True)

@@ -38,10 +38,11 @@ from deadpan.models.attention import kernels
 from deadpan.models.build import checkpoint_layers
 from deadpan.processing.collate import Batch
 from deadpan.processing.processor import load_processor
-from deadpan.train import memory, state
+from deadpan.train import memory, optimizers, state
 from deadpan.train.loader import MicroBatches, batches, worker_count
 from deadpan.train.plan import MicroBatch, Plan
 from deadpan.train.rehearsal import choose_micro_batch_size
+from deadpan.train.schedule import resolve as resolve_schedule
 from deadpan.train.schedule import schedule
 from deadpan.train.survey import Survey, survey
 from deadpan.train.watcher import Watcher
@@ -168,16 +169,10 @@ class Trainer:
                 fix="start it with `deadpan train`, not through torchrun or accelerate launch",
             )
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        settings = recipe.optimizer
-        self.optimizer = torch.optim.AdamW(
-            trainable,
-            lr=settings.lr,
-            betas=settings.betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            fused=self.device.type == "cuda",
-        )
-        self.scheduler = schedule(self.optimizer, recipe.schedule, self.plan.steps)
+        algorithm = recipe.optimizer.name
+        _, warmup = resolve_schedule(recipe.schedule, algorithm)
+        self.optimizer = optimizers.build(trainable, recipe.optimizer, warms_up=warmup > 0)
+        self.scheduler = schedule(self.optimizer, recipe.schedule, self.plan.steps, algorithm)
         self.position = state.Position(records=state.digest(self.survey.records))
         if self._checkpoint is not None:
             before = state.restore(self._checkpoint, self.model, self.optimizer, self.scheduler)
@@ -335,7 +330,10 @@ class Trainer:
                 fix="look at these records, lower optimizer.lr, or set precision=fp32"
                 + ("; the last checkpoint is intact" if state.checkpoints(self.run) else ""),
             )
-        lr = self.scheduler.get_last_lr()[0]
+        rates = {
+            "lr": self.scheduler.get_last_lr()[0],
+            **optimizers.estimates(self.optimizer),
+        }
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -343,7 +341,7 @@ class Trainer:
             "step": step[0][0].step,
             "epoch": round(step[0][0].step / self.plan.steps_per_epoch, 4),
             "loss": mean,
-            "lr": lr,
+            **rates,
             "grad_norm": norm.item(),
         }
 

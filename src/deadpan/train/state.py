@@ -28,6 +28,7 @@ from deadpan.data.records import Record
 from deadpan.errors import DeadpanError
 from deadpan.models import lora
 from deadpan.processing.processor import POLICY_FILE, Processor
+from deadpan.train import optimizers
 
 MANIFEST = "manifest.json"
 _STATE_TENSORS, _STATE = "state.pt", "state.json"
@@ -90,13 +91,16 @@ def save(
     try:
         _remove_leftovers(final.parent)
         temporary.mkdir(parents=True)
-        lora.save(model, temporary)
-        save_processor(processor, temporary, trained_on=quantization)
         tensors = {
             "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict(),
             "random": random_state(),
         }
+        if weights := optimizers.training_weights(optimizer, model):
+            tensors["training_weights"] = weights
+        with optimizers.weights_to_use(optimizer):
+            lora.save(model, temporary)
+        save_processor(processor, temporary, trained_on=quantization)
         torch.save(tensors, temporary / _STATE_TENSORS)
         (temporary / _STATE).write_text(json.dumps(asdict(position), indent=2) + "\n")
         _write_manifest(temporary)
@@ -223,6 +227,7 @@ def restore(
     """Put a run back to where a verified checkpoint left it, random numbers included."""
     lora.load_state(model, checkpoint)
     tensors = torch.load(checkpoint / _STATE_TENSORS, map_location="cpu", weights_only=True)
+    optimizers.put_training_weights(model, tensors.get("training_weights", {}))
     optimizer.load_state_dict(tensors["optimizer"])
     scheduler.load_state_dict(tensors["scheduler"])
     set_random_state(tensors["random"])
