@@ -61,8 +61,15 @@ def logged(run: Path) -> list[dict[str, Any]]:
 
 
 def course(run: Path) -> list[tuple[int, float, float, float]]:
-    """What a run logged, without what depends on the clock and on memory."""
-    return [(m["step"], m["loss"], m["lr"], m["grad_norm"]) for m in logged(run)]
+    """What a run logged of its steps, without what depends on the clock and on memory."""
+    steps = [m for m in logged(run) if "loss" in m]
+    return [(m["step"], m["loss"], m["lr"], m["grad_norm"]) for m in steps]
+
+
+def evaluations(run: Path) -> list[dict[str, Any]]:
+    """What a run logged of its evaluations, without how long they took."""
+    lines = [line for line in logged(run) if "eval_loss" in line]
+    return [{k: v for k, v in line.items() if k != "evaluation_seconds"} for line in lines]
 
 
 def result_of(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from deadpan.config.loader import bundled, bundled_text, dump_recipe, load_recipe
-from deadpan.config.schema import Data, Optimizer, Recipe, keys
+from deadpan.config.schema import Data, Evaluation, Optimizer, Recipe, keys
 from deadpan.errors import DeadpanError
 from deadpan.train.optimizers import learning_rate
 from deadpan.train.schedule import resolve
@@ -49,6 +49,8 @@ def test_defaults_are_the_walkthroughs_figures(recipe_file: Path) -> None:
                 "quantization": "nf4",
                 "optimizer": Optimizer(name="dadapt_adam", lr=1.0),
                 "micro_batch_size": 12,
+                "data": Data(train=Path("ex_cn.json"), validation=0.05),
+                "evaluation": Evaluation(early_stopping_patience=2),
             },
         ),
         (

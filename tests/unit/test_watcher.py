@@ -26,7 +26,7 @@ def drawn(samples: list[Record], skipped: int = 0, done: int = 0, last: int = 3)
             watcher.loading(number, 55)
         for number in range(1, 5):
             watcher.surveying(number, 4)
-        watcher.starting(Plan(len(survey.records), 4, 2, 2, seed=0), done, survey)
+        watcher.starting(Plan(len(survey.records), 4, 2, 2, seed=0), done, survey, 2)
         for step in range(done + 1, last + 1):
             speed = {"samples_per_second": 7.25, "memory_gib": 1.04}
             watcher.stepped({"step": step, "loss": 2.5 / step, **speed})

@@ -40,6 +40,9 @@ def train(
     environment, metrics.jsonl and checkpoints; any checkpoint can be heard with deadpan tell and resumed from.
     Ctrl-C saves after the step at hand and stops; press it twice to stop at once.
 
+    With data.validation (a share such as 0.05, or a file of records) the held-out loss is measured as the run goes on,
+    the best checkpoint is kept, and a warning says when the run begins to learn its answers by heart.
+
     Example: deadpan train internvl2-2b-qlora data.train=ex_cn.json run=runs/first
 
     With --dry-run first: does it fit, how long will it take, and what to change if it does not.
@@ -62,9 +65,13 @@ def train(
         typer.echo(f"stopped after step {result.steps}; saved {result.checkpoint}")
         typer.echo(f"go on with: deadpan train {result.run / 'recipe.yaml'} --resume")
         raise typer.Exit(130)
+    ended = "stopped early" if result.stopped_early else "done"
     typer.echo(
-        f"done: {result.steps} steps, last loss {result.loss:.4f}, saved {result.checkpoint}"
+        f"{ended}: {result.steps} steps, last loss {result.loss:.4f}, saved {result.checkpoint}"
     )
+    if result.best is not None:
+        step, loss = result.best
+        typer.echo(f"best: step {step}, held-out loss {loss:.4f}; this is the one that is heard")
     typer.echo(f"hear it: deadpan tell {result.run} PICTURE")
 
 

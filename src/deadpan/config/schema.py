@@ -62,6 +62,12 @@ class Data(_Section):
         description="The folder that the records' image paths start from; null: the folder of the "
         "records. A relative path starts at the current directory.",
     )
+    validation: Annotated[float, Field(gt=0, lt=1)] | RecipePath | None = Field(
+        default=None,
+        description="Records to measure with and not to train on: a share of the training records, "
+        "such as 0.05, split by picture; or a file, whose image paths start where those of data.train "
+        "do, or at its own folder; null: none, and nothing is evaluated.",
+    )
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         default="auto",
         description="Processes that prepare samples; 0 prepares them in the training process; "
@@ -160,6 +166,33 @@ class Schedule(_Section):
     )
 
 
+class Evaluation(_Section):
+    """What is measured on the way, with data.validation: see docs/design.md#evaluation."""
+
+    every_steps: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto",
+        description="Optimizer steps between two evaluations; the last step always has one. auto: an "
+        "epoch, or 200 where an epoch is longer.",
+    )
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="End the run after this many evaluations in a row without a new lowest held-out "
+        "loss; null: never.",
+    )
+    memorisation_pictures: int = Field(
+        default=16,
+        ge=0,
+        description="Training pictures asked at each evaluation, to see whether their answers come "
+        "back word for word.",
+    )
+    probe_pictures: int = Field(
+        default=4,
+        ge=0,
+        description="Held-out pictures whose answers are kept in jokes.jsonl at each evaluation.",
+    )
+    max_new_tokens: int = Field(default=64, ge=1, description="The most tokens of such an answer.")
+
+
 class Recipe(_Section):
     """Everything that decides a training run."""
 
@@ -200,6 +233,7 @@ class Recipe(_Section):
     data: Data
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
+    evaluation: Evaluation = Evaluation()
     epochs: int = Field(default=8, ge=1, description="Passes over the training records.")
     max_steps: int | None = Field(
         default=None,
@@ -237,7 +271,9 @@ class Recipe(_Section):
         default=200, ge=1, description="Optimizer steps between two checkpoints."
     )
     keep_checkpoints: int = Field(
-        default=3, ge=1, description="The newest checkpoints that are kept."
+        default=3,
+        ge=1,
+        description="The newest checkpoints that are kept; the best one is kept besides.",
     )
     run: str = Field(
         default="runs/my-teller", min_length=1, description="The folder that the run writes."

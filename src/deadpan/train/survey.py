@@ -32,6 +32,12 @@ class Survey:
         """The numbers of tokens of the records to train on."""
         return [size.tokens for size in self.sizes]
 
+    def only(self, indices: Sequence[int]) -> "Survey":
+        """The same of some of the records."""
+        return Survey(
+            [self.records[i] for i in indices], [self.sizes[i] for i in indices], self.skipped
+        )
+
 
 def survey(
     records: Sequence[Record],
