@@ -27,6 +27,7 @@ def recipes(tiny: Path, records: Path) -> MakeRecipe:
         "max_tiles": 4,
         "data": {"train": records, "workers": 0},
         "optimizer": {"lr": 1e-3},
+        "trackers": [],
         "seed": 0,
     }
 

@@ -5,6 +5,7 @@ import pytest
 from rich.console import Console
 
 from deadpan.data.records import Record, load
+from deadpan.evaluate.answers import Answer
 from deadpan.processing.processor import Size
 from deadpan.train.plan import Plan
 from deadpan.train.survey import Survey
@@ -54,3 +55,23 @@ def test_a_resumed_run_says_where_it_goes_on(samples: list[Record]) -> None:
     text = drawn(samples, done=2, last=2)
     assert "resuming after step 2" in text
     assert "2/4" in text[text.rindex("training") :]  # the bar does not start from nothing
+
+
+def test_an_evaluation_is_told_in_a_line_with_a_joke_and_memorising_in_a_warning() -> None:
+    console = Console(record=True, file=io.StringIO(), width=60, force_terminal=True)
+    with ProgressWatcher(console) as watcher:
+        watcher.evaluating(3, 12)
+        figures = {"eval_loss": 2.5, "train_loss": 1.25, "memorisation": 0.0625}
+        jokes = [Answer("pictures/dog.png", "?", "[bold]冷。", True), Answer("b", "?", "no", True)]
+        watcher.evaluated({"step": 20, "best": True, **figures}, jokes)
+        watcher.memorising(20, "its losses part [sic]")
+    text = console.export_text()
+    assert "3/12" in text
+    # Bars are redrawn around each line on a terminal.
+    first, second = (
+        "step 20: held-out loss 2.5000 (best so far), of training records 1.2500, 6% told by heart\n",
+        "  dog.png: [bold]冷。\n",
+    )
+    assert first in text
+    assert second in text[text.index(first) :]
+    assert "warning: from step 20 on the run memorises: its losses part [sic]. The best" in text

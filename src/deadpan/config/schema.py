@@ -19,6 +19,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 RecipePath = Annotated[Path, Field(strict=False)]
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
 
+Tracker = Literal["tensorboard", "wandb", "swanlab", "mlflow", "trackio"]
+
 CONTRADICTION = "contradiction"
 """The type of an error about a key that does not agree with another; its context says what would."""
 _AUTO_COUNTS_AS = 8
@@ -267,6 +269,11 @@ class Recipe(_Section):
     log_every_steps: int = Field(
         default=1, ge=1, description="Optimizer steps between two lines of metrics."
     )
+    trackers: Literal["auto"] | list[Tracker] = Field(
+        default="auto",
+        description="Where the metrics go besides metrics.jsonl, such as [wandb]; []: nowhere; auto: "
+        "to TensorBoard, in the run folder, if it is installed.",
+    )
     save_every_steps: int = Field(
         default=200, ge=1, description="Optimizer steps between two checkpoints."
     )
@@ -386,7 +393,8 @@ def _in_words(field: dict[str, Any]) -> str:
     if field["type"] == "array":
         if "prefixItems" in field:
             return f"[{', '.join(_in_words(item) for item in field['prefixItems'])}]"
-        return f"list of at least {field['minItems']} {_in_words(field['items'])}"
+        least = f"at least {field['minItems']} " if "minItems" in field else ""
+        return f"list of {least}{_in_words(field['items'])}"
     if field["type"] == "boolean":
         return "true or false"
     word = field["format"] if field.get("format") == "path" else field["type"]

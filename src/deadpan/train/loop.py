@@ -30,7 +30,7 @@ from deadpan.models.answer_loss import AnswerLoss
 from deadpan.models.attention import kernels
 from deadpan.processing.collate import Batch
 from deadpan.processing.processor import load_processor
-from deadpan.train import evaluation, memory, optimizers, state
+from deadpan.train import evaluation, memory, optimizers, state, trackers
 from deadpan.train.loader import MicroBatches, batches, worker_count
 from deadpan.train.model import build
 from deadpan.train.plan import MicroBatch, Plan
@@ -93,6 +93,7 @@ class Trainer:
         if resume or not dry_run:
             self._checkpoint, recipe = open_run(self.run, recipe, resume)
         self.recipe = recipe
+        self._trackers = trackers.choose(recipe)
         self.device = choose_device(recipe.device)
         self.dtype = choose_dtype(recipe.precision, self.device)
         set_seed(recipe.seed)
@@ -205,7 +206,14 @@ class Trainer:
     def _train(self) -> Result:
         recipe = self.recipe
         saved = self._checkpoint
-        with RunLog(self.run, recipe, self.position) as log, stop_signal() as stop:
+        with (
+            RunLog(self.run, recipe, self.position) as log,
+            trackers.Trackers(
+                self.accelerator, self._trackers, self.run, recipe, self.position.step
+            ) as tracked,
+            stop_signal() as stop,
+        ):
+            log.also(tracked.write)
             state.point_best(self.run, self.position)
             metrics = log.last_step or {"loss": math.nan}
             self.watcher.starting(self.plan, self.position.step, self.survey, len(self.held_out))

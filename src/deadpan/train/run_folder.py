@@ -1,6 +1,7 @@
 """A run's folder: whether it may be written, and what a run logs there."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +15,7 @@ from deadpan.train import state
 
 _MAY_CHANGE = {
     "attention", "data.workers", "device", "gradient_checkpointing", "keep_checkpoints",
-    "log_every_steps", "run", "save_every_steps",
+    "log_every_steps", "run", "save_every_steps", "trackers",
 }  # fmt: skip
 """Recipe keys that a resumed run may have otherwise than before; so may all of `evaluation`."""
 _CUTS_A_STEP = {"micro_batch_size", "gradient_accumulation_steps", "samples_per_step"}
@@ -115,6 +116,7 @@ class RunLog:
         self.last_step: dict[str, Any] | None = steps[-1] if steps else None
         """The metrics of the last step before the first one to come."""
         self._jokes = jokes
+        self._others: list[Callable[[dict[str, Any]], None]] = []
         self._metrics = metrics.open("a", encoding="utf-8")
 
     def __enter__(self) -> "RunLog":
@@ -128,10 +130,16 @@ class RunLog:
     ) -> None:
         self._metrics.close()
 
+    def also(self, write: Callable[[dict[str, Any]], None]) -> None:
+        """Hand what is logged to another writer too."""
+        self._others.append(write)
+
     def write(self, metrics: dict[str, Any]) -> None:
         """Log the metrics of a step or of an evaluation."""
         self._metrics.write(_line(metrics))
         self._metrics.flush()
+        for other in self._others:
+            other(metrics)
 
     def tell(self, step: int, jokes: tuple[Answer, ...]) -> None:
         """Log what the model said about the probe pictures."""

@@ -1,6 +1,7 @@
 """Who is told how a run goes: silently, or as progress bars."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -120,12 +121,16 @@ class ProgressWatcher(Watcher):
         ]
         if "memorisation" in metrics:
             parts.append(f"{metrics['memorisation']:.0%} told by heart")
-        self._console.print(f"step {metrics['step']}: " + ", ".join(parts), highlight=False)
+        self._say(f"step {metrics['step']}: " + ", ".join(parts))
         for joke in jokes[:1]:
-            self._console.print(f"  {joke.picture}: {joke.text}", markup=False, highlight=False)
+            self._say(f"  {Path(joke.picture).name}: {joke.text}")
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def memorising(self, step: int, reason: str) -> None:
         self._console.print(
             f"[yellow]warning:[/] from step {step} on the run memorises: {escape(reason)}. The best "
-            "checkpoint is kept; evaluation.early_stopping_patience=N would end the run."
+            "checkpoint is kept; evaluation.early_stopping_patience=N would end the run.",
+            soft_wrap=True,
         )
