@@ -142,7 +142,7 @@ def test_a_resumed_run_goes_on_in_the_same_tracked_run(
     words: dict[str, str],
 ) -> None:
     installed.add(name)
-    double = type("Double", (Fake,), {"name": name, "made": []})
+    double: Any = type("Double", (Fake,), {"name": name, "made": []})
     monkeypatch.setattr(trackers, kind, double)
     recipe = make(tmp_path / "run", trackers=[name], max_steps=3)
     train(recipe, watcher=SignalAfter(2))
