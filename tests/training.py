@@ -27,6 +27,7 @@ def recipes(tiny: Path, records: Path) -> MakeRecipe:
         "max_tiles": 4,
         "data": {"train": records, "workers": 0},
         "optimizer": {"lr": 1e-3},
+        "trackers": [],
         "seed": 0,
     }
 
@@ -61,17 +62,29 @@ def logged(run: Path) -> list[dict[str, Any]]:
 
 
 def course(run: Path) -> list[tuple[int, float, float, float]]:
-    """What a run logged, without what depends on the clock and on memory."""
-    return [(m["step"], m["loss"], m["lr"], m["grad_norm"]) for m in logged(run)]
+    """What a run logged of its steps, without what depends on the clock and on memory."""
+    steps = [m for m in logged(run) if "loss" in m]
+    return [(m["step"], m["loss"], m["lr"], m["grad_norm"]) for m in steps]
+
+
+def evaluations(run: Path) -> list[dict[str, Any]]:
+    """What a run logged of its evaluations, without how long they took."""
+    lines = [line for line in logged(run) if "eval_loss" in line]
+    return [{k: v for k, v in line.items() if k != "evaluation_seconds"} for line in lines]
 
 
 def result_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """What a run has come to: the adapter, the optimizer's moments, PyTorch's random numbers."""
+    """What a run has come to: the adapter, the optimizer's moments, PyTorch's random numbers.
+
+    And, where they are not the adapter's, the weights that training goes on from.
+    """
     saved = torch.load(checkpoint / "state.pt", weights_only=True)
     rows = saved["optimizer"]["state"].items()
-    moments = {f"{i}.{name}": value for i, row in rows for name, value in row.items()}
+    # Some libraries count steps as plain integers.
+    moments = {f"{i}.{name}": torch.as_tensor(v) for i, row in rows for name, v in row.items()}
     adapter = load_file(checkpoint / "adapter_model.safetensors")
-    return {**adapter, **moments, "random": saved["random"]["torch"]}
+    weights = {f"training.{name}": w for name, w in saved.get("training_weights", {}).items()}
+    return {**adapter, **moments, **weights, "random": saved["random"]["torch"]}
 
 
 def identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -141,7 +141,7 @@ def test_training_writes_a_run(desk: Path, training: Outcome) -> None:
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000040"]
     resolved = yaml.safe_load((folder / "recipe.yaml").read_text())
     assert (resolved["lora"]["r"], resolved["max_tiles"]) == (8, 4)
-    assert (resolved["gradient_accumulation_steps"], resolved["schedule"]["name"]) == (2, "cosine")
+    assert (resolved["gradient_accumulation_steps"], resolved["schedule"]["name"]) == (2, "auto")
 
 
 def test_every_export_reports_how_near_it_is(desk: Path, exports: dict[str, Outcome]) -> None:

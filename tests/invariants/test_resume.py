@@ -165,7 +165,7 @@ def test_the_random_numbers_are_part_of_it(
 ) -> None:
     # Without this, the other tests would not see whether they are restored.
     train(recipe, watcher=SignalAfter(2))
-    monkeypatch.setattr(state, "_set_random_state", lambda _: None)
+    monkeypatch.setattr(state, "set_random_state", lambda _: None)
     train(recipe, resume=True)
     assert course(Path(recipe.run))[:2] == course(uninterrupted)[:2]
     losses = zip(course(Path(recipe.run))[2:], course(uninterrupted)[2:], strict=True)

@@ -3,8 +3,10 @@ from pathlib import Path
 import pytest
 
 from deadpan.config.loader import bundled, bundled_text, dump_recipe, load_recipe
-from deadpan.config.schema import Data, Optimizer, Recipe, keys
+from deadpan.config.schema import Data, Evaluation, Optimizer, Recipe, keys
 from deadpan.errors import DeadpanError
+from deadpan.train.optimizers import learning_rate
+from deadpan.train.schedule import resolve
 
 MINIMAL = "model: some/model\ndata: {train: train.json}\n"
 
@@ -27,9 +29,10 @@ def test_defaults_are_the_walkthroughs_figures(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file)
     assert (recipe.micro_batch_size, recipe.gradient_accumulation_steps, recipe.epochs) == (8, 2, 8)
     assert recipe.optimizer == Optimizer(
-        name="adamw", lr=1e-5, betas=(0.9, 0.999), weight_decay=0.05, eps=1e-8, max_grad_norm=1.0
+        name="adamw", lr="auto", betas=(0.9, 0.999), weight_decay=0.05, eps=1e-8, max_grad_norm=1.0
     )
-    assert (recipe.schedule.name, recipe.schedule.warmup_ratio) == ("cosine", 0.03)
+    assert learning_rate(recipe.optimizer) == 1e-5
+    assert resolve(recipe.schedule, "adamw") == ("cosine", 0.03)
     assert (recipe.lora.r, recipe.lora.lora_alpha, recipe.lora.lora_dropout) == (128, 256, 0.05)
     assert (recipe.lora.target_modules, recipe.max_length) == ("all-linear", 8192)
 
@@ -39,6 +42,17 @@ def test_defaults_are_the_walkthroughs_figures(recipe_file: Path) -> None:
     [
         ("internvl2-2b-lora", {"packing": True}),
         ("internvl2-2b-qlora", {"packing": True, "quantization": "nf4"}),
+        (
+            "internvl2-2b-dadapt",
+            {
+                "packing": True,
+                "quantization": "nf4",
+                "optimizer": Optimizer(name="dadapt_adam", lr=1.0),
+                "micro_batch_size": 12,
+                "data": Data(train=Path("ex_cn.json"), validation=0.05),
+                "evaluation": Evaluation(early_stopping_patience=2),
+            },
+        ),
         (
             "internvl2-8b-qlora",
             {
@@ -60,7 +74,8 @@ def test_bundled_recipes_are_the_defaults_but_for_what_they_say(
         run=f"runs/{name}",
     )
     assert recipe == plain.model_copy(update=differences)
-    assert recipe.micro_batch_size * recipe.gradient_accumulation_steps == 16
+    samples = recipe.micro_batch_size * recipe.gradient_accumulation_steps
+    assert samples == (24 if name.endswith("dadapt") else 16)
 
 
 def test_bundled_descriptions_are_the_first_comments() -> None:
@@ -282,3 +297,32 @@ def test_every_key_is_described() -> None:
     for key in keys().values():
         assert key.description.endswith("."), key.name
         assert key.expected, key.name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "samples"),
+    [
+        ((), 16),
+        (("micro_batch_size=3", "gradient_accumulation_steps=5"), 15),
+        (("micro_batch_size=auto",), 16),
+        (("micro_batch_size=auto", "gradient_accumulation_steps=3"), 24),
+        (("micro_batch_size=auto", "samples_per_step=12"), 12),
+        (("samples_per_step=16",), 16),
+    ],
+)
+def test_a_step_has_the_same_samples_however_it_is_cut(
+    recipe_file: Path, overrides: tuple[str, ...], samples: int
+) -> None:
+    assert load_recipe(recipe_file, overrides).effective_batch_size == samples
+
+
+def test_samples_per_step_may_not_contradict_a_given_micro_batch_size(recipe_file: Path) -> None:
+    error = refused(recipe_file, MINIMAL, "samples_per_step=12")
+    assert error.what == "The recipe's key 'samples_per_step' has a wrong value."
+    assert error.found == "12"
+    assert error.expected == (
+        "16, which is micro_batch_size x gradient_accumulation_steps; null; "
+        "or any number with micro_batch_size: auto"
+    )
+    error = refused(recipe_file, MINIMAL, "samples_per_step=0")
+    assert error.expected == "integer >= 1 or null"

@@ -88,6 +88,16 @@ def test_the_samples_of_a_step_are_the_recipes(
     assert (curve.seconds is None) == (samples is None)
 
 
+def test_samples_are_counted_where_they_are_logged(run: Path) -> None:
+    # Five records, four a step: every other step is short.
+    write(run / "metrics.jsonl", step(1, samples=4), step(2, samples=5), step(4, samples=10))
+    assert read(run).samples == (4, 5, 10)
+    (run / "recipe.yaml").unlink()
+    assert read(run).samples == (4, 5, 10)
+    write(run / "metrics.jsonl", step(1, samples=4), step(2))
+    assert read(run).samples is None
+
+
 def test_a_speed_that_was_rounded_to_nothing_tells_no_time(run: Path) -> None:
     write(run / "metrics.jsonl", step(1), step(2, samples_per_second=0.0))
     assert read(run).seconds is None

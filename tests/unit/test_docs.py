@@ -23,7 +23,7 @@ def test_pages_do_not_depend_on_the_terminal(tmp_path: Path) -> None:
         assert text == (tmp_path / "wide" / name).read_text(encoding="utf-8")
         assert "\x1b" not in text
     assert "#### `deadpan recipe copy`" in (tmp_path / "narrow/cli.md").read_text(encoding="utf-8")
-    row = "| `optimizer.lr` | number > 0 | `1.0e-05` | Learning rate at its peak. |"
+    row = "| `optimizer.weight_decay` | number >= 0 | `0.05` | Decoupled weight decay. |"
     assert row in (tmp_path / "narrow/recipe.md").read_text(encoding="utf-8")
 
 

@@ -154,3 +154,16 @@ def test_a_layer_too_narrow_for_a_block_is_an_error_that_names_it() -> None:
     with pytest.raises(DeadpanError, match="'narrow' cannot be held in NF4") as raised:
         nf4.prepare(layers, torch.float32)
     assert raised.value.found == "96"
+
+
+def test_what_nf4_saves_is_known_before_it_is_done(quantised: Loaded, whole: Loaded) -> None:
+    def taken(loaded: Loaded) -> int:
+        language_model = loaded.model.model.language_model
+        return sum(nf4.bytes_of(parameter) for parameter in language_model.parameters())
+
+    foretold = nf4.saved_bytes(whole.model.model.language_model)
+    saved = taken(whole) - taken(quantised)
+    # Two code tables, of 16 and of 256 float32 numbers, and an offset for each layer; small layers only feel them.
+    tables = 14 * 4 * (16 + 256 + 1)
+    assert saved <= foretold <= 1.01 * (saved + tables)
+    assert nf4.saved_bytes(quantised.model.model.language_model) == 0

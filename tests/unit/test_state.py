@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+from deadpan.checkpoints.source import resolve
 from deadpan.errors import DeadpanError
+from deadpan.evaluate.memorisation import Reading
 from deadpan.models import lora
 from deadpan.train import state
 from deadpan.train.loop import Trainer
@@ -40,11 +42,13 @@ class Run:
 
     def __init__(self, trainer: Trainer, folder: Path) -> None:
         self.trainer, self.folder = trainer, folder
+        self.best: Reading | None = None
         folder.mkdir()
 
     def save(self, step: int, keep: int = 3) -> Path:
         t = self.trainer
-        position = state.Position(step, 4 * step, 0.5 * step)
+        evaluations = state.Evaluations(best=self.best)
+        position = state.Position(step, 4 * step, 0.5 * step, evaluations=evaluations)
         return state.save(
             self.folder, position, t.model, t.processor, t.optimizer, t.scheduler, "none", keep
         )
@@ -79,7 +83,9 @@ def test_a_checkpoint_holds_the_adapter_its_processor_and_the_state(run: Run) ->
     assert checkpoint == run.folder / "checkpoints" / "step-000007"
     assert {path.name for path in checkpoint.iterdir()} == FILES
     saved = json.loads((checkpoint / "state.json").read_text())
-    assert saved == {"step": 7, "samples": 28, "seconds": 3.5, "records": ""}
+    none = {"step": 0, "best": None, "since_best": 0, "warned": False}
+    digests = {"records": "", "held_out": ""}
+    assert saved == {"step": 7, "samples": 28, "seconds": 3.5, **digests, "evaluations": none}
     weights = load_file(checkpoint / "adapter_model.safetensors")
     expected = lora.adapter_state(run.trainer.model)
     assert weights.keys() == expected.keys()
@@ -200,6 +206,38 @@ def test_checkpoints_are_in_the_order_of_their_steps(run: Run) -> None:
     for step in (999_999, 1_000_000):
         run.save(step)
     assert [path.name for path in state.checkpoints(run.folder)] == ["step-999999", "step-1000000"]
+
+
+def test_the_best_is_pointed_at_and_never_removed(run: Run) -> None:
+    for step in range(1, 6):
+        run.best = Reading(2, 1.5, 1.0, None) if step >= 2 else None
+        run.save(step, keep=2)
+    assert run.names == ["step-000002", "step-000004", "step-000005"]
+    best = run.folder / "best"
+    assert best.readlink() == Path("checkpoints/step-000002")
+    run.best = Reading(6, 1.4, 1.0, 0.25)
+    run.save(6, keep=2)
+    assert run.names == ["step-000005", "step-000006"]
+    assert best.readlink() == Path("checkpoints/step-000006")
+    t = run.trainer
+    restored = state.restore(best, t.model, t.optimizer, t.scheduler)
+    assert restored.evaluations.best == run.best
+
+
+def test_without_symbolic_links_a_file_says_where(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    run.best = Reading(1, 1.5, 1.0, None)
+    run.save(1)
+    run.save(2)
+    assert (run.folder / "latest").read_text() == "checkpoints/step-000002\n"
+    checkpoints = run.folder.resolve() / "checkpoints"
+    assert resolve(run.folder) == resolve(run.folder / "best") == checkpoints / "step-000001"
+    assert resolve(run.folder / "latest") == checkpoints / "step-000002"
 
 
 def test_latest_points_at_the_newest_and_moves_with_the_run_folder(run: Run) -> None:

@@ -89,9 +89,10 @@ def test_every_step_is_logged_with_every_metric(finished: Path) -> None:
     lines = logged(finished)
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert [line["epoch"] for line in lines] == [1.0, 2.0, 3.0]  # four records, four a step
+    assert [line["samples"] for line in lines] == [4, 8, 12]
     for line in lines:
         assert line.keys() == {
-            *("step", "epoch", "loss", "lr", "grad_norm", "samples_per_second"),
+            *("step", "epoch", "loss", "samples", "lr", "grad_norm", "samples_per_second"),
             *("tokens_per_second", "data_wait_fraction", "memory_gib"),
         }
         assert all(math.isfinite(value) and value > 0 for value in line.values())

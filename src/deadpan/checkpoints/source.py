@@ -25,6 +25,10 @@ NEEDED_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt
 """What is fetched from the Hub. Python files are carried along into official exports and never run."""
 
 
+_LINKS = ("best", "latest")
+"""What a run folder has beside its checkpoints; the first one that leads somewhere is the model."""
+
+
 class Layout(StrEnum):
     """How a checkpoint folder is laid out."""
 
@@ -46,11 +50,13 @@ def resolve(model: str | Path) -> Path:
     if str(model) == nano.MODEL:
         return nano.BASE
     folder = Path(model).expanduser()
+    if folder.name in _LINKS and (folder.parent / "checkpoints").is_dir():
+        folder = _pointed(folder) or folder
     if folder.is_dir():
         if (folder / "checkpoints").is_dir():
-            for name in ("best", "latest"):
-                if (folder / name).is_dir():
-                    return (folder / name).resolve()
+            for name in _LINKS:
+                if (pointed := _pointed(folder / name)) is not None:
+                    return pointed
             raise DeadpanError(
                 "The run has no checkpoint yet.", where=folder, fix="train it further first"
             )
@@ -68,6 +74,13 @@ def resolve(model: str | Path) -> Path:
             found=f"no folder {folder.absolute()}",
         )
     return _download(str(model))
+
+
+def _pointed(link: Path) -> Path | None:
+    """Where a run's link leads: a symbolic link, or a text file where there are none."""
+    if link.is_file():
+        link = link.parent / link.read_text(encoding="utf-8").strip()
+    return link.resolve() if link.is_dir() else None
 
 
 def _download(repo: str) -> Path:

@@ -1,8 +1,11 @@
 """`deadpan train`."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from deadpan.config.schema import Recipe
 
 
 def train(
@@ -19,6 +22,17 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run folder.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Forecast memory and time from real steps on the largest batches, and write nothing; "
+            "exit code 1 if the run does not fit.",
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --dry-run: print the forecast as JSON.")
+    ] = False,
 ) -> None:
     """Fine-tune a model on captioned pictures.
 
@@ -26,8 +40,15 @@ def train(
     environment, metrics.jsonl and checkpoints; any checkpoint can be heard with deadpan tell and resumed from.
     Ctrl-C saves after the step at hand and stops; press it twice to stop at once.
 
+    With data.validation (a share such as 0.05, or a file of records) the held-out loss is measured as the run goes on,
+    the best checkpoint is kept, and a warning says when the run begins to learn its answers by heart.
+
     Example: deadpan train internvl2-2b-qlora data.train=ex_cn.json run=runs/first
+
+    With --dry-run first: does it fit, how long will it take, and what to change if it does not.
     """
+    if as_json and not dry_run:
+        raise typer.BadParameter("--json goes with --dry-run")
     from rich.console import Console
 
     from deadpan.config.loader import load_recipe
@@ -35,14 +56,40 @@ def train(
     from deadpan.train.watcher import ProgressWatcher
 
     resolved = load_recipe(recipe, overrides or ())
-    console = Console(stderr=True)
-    with ProgressWatcher(console) as watcher:
+    if dry_run:
+        _print_forecast(resolved, resume, as_json)
+        return
+    with ProgressWatcher(Console(stderr=True)) as watcher:
         result = Trainer(resolved, resume, watcher).train()
     if result.interrupted:
         typer.echo(f"stopped after step {result.steps}; saved {result.checkpoint}")
         typer.echo(f"go on with: deadpan train {result.run / 'recipe.yaml'} --resume")
         raise typer.Exit(130)
+    ended = "stopped early" if result.stopped_early else "done"
     typer.echo(
-        f"done: {result.steps} steps, last loss {result.loss:.4f}, saved {result.checkpoint}"
+        f"{ended}: {result.steps} steps, last loss {result.loss:.4f}, saved {result.checkpoint}"
     )
+    if result.best is not None:
+        step, loss = result.best
+        typer.echo(f"best: step {step}, held-out loss {loss:.4f}; this is the one that is heard")
     typer.echo(f"hear it: deadpan tell {result.run} PICTURE")
+
+
+def _print_forecast(recipe: "Recipe", resume: bool, as_json: bool) -> None:
+    import json
+
+    from rich.console import Console
+
+    from deadpan.train.forecast_table import tables
+    from deadpan.train.loop import Trainer
+    from deadpan.train.rehearsal import Rehearsal
+    from deadpan.train.watcher import ProgressWatcher
+
+    with ProgressWatcher(Console(stderr=True)) as watcher:
+        forecast = Rehearsal(Trainer(recipe, resume, watcher, dry_run=True)).forecast()
+    if as_json:
+        typer.echo(json.dumps(forecast.to_json(), ensure_ascii=False))
+    else:
+        Console().print(tables(forecast))
+    if not forecast.fits:
+        raise typer.Exit(1)

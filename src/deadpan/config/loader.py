@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import yaml
 from pydantic import ValidationError
 
-from deadpan.config.schema import Recipe, keys
+from deadpan.config.schema import CONTRADICTION, Recipe, keys
 from deadpan.errors import DeadpanError, did_you_mean
 
 _TAG = "tag:yaml.org,2002:"
@@ -272,11 +272,14 @@ def _mistakes(
         else:
             # A union reports each of its branches and a list each item: their key stands for all.
             key = _known_part(detail["loc"])
+            expected = keys()[key].expected
+            if detail["type"] == CONTRADICTION:
+                key, expected = detail["ctx"].get("key", key), detail["ctx"]["expected"]
             mistakes[key] = _Mistake(
                 key,
                 "has a wrong value",
                 _origin(key, where, overridden),
-                keys()[key].expected,
+                expected,
                 inline_yaml(reduce(getitem, key.split("."), values)),
             )
     return list(mistakes.values())

@@ -11,12 +11,23 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # Strict mode would ask for a `Path` or a tuple, and YAML has neither.
 RecipePath = Annotated[Path, Field(strict=False)]
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
+
+Tracker = Literal["tensorboard", "wandb", "swanlab", "mlflow", "trackio"]
+
+CONTRADICTION = "contradiction"
+"""The type of an error about a key that does not agree with another; its context says what would."""
+_AUTO_COUNTS_AS = 8
+
+LEARNING_RATE_FREE = ("dadapt_adam", "prodigy")
+"""Optimizers that find the learning rate: `lr` multiplies it, and belongs near 1."""
+_LEAST_MULTIPLIER = 0.01
 
 
 class _Section(BaseModel):
@@ -53,6 +64,12 @@ class Data(_Section):
         description="The folder that the records' image paths start from; null: the folder of the "
         "records. A relative path starts at the current directory.",
     )
+    validation: Annotated[float, Field(gt=0, lt=1)] | RecipePath | None = Field(
+        default=None,
+        description="Records to measure with and not to train on: a share of the training records, "
+        "such as 0.05, split by picture; or a file, whose image paths start where those of data.train "
+        "do, or at its own folder; null: none, and nothing is evaluated.",
+    )
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         default="auto",
         description="Processes that prepare samples; 0 prepares them in the training process; "
@@ -66,36 +83,116 @@ class Data(_Section):
 
 
 class Optimizer(_Section):
-    """How a gradient becomes a step."""
+    """How a gradient becomes a step. Weight decay is decoupled (AdamW's) in all of them."""
 
-    name: Literal["adamw"] = Field(default="adamw", description="The algorithm.")
-    lr: float = Field(default=1e-5, gt=0, description="Learning rate at its peak.")
+    name: Literal["adamw", "dadapt_adam", "prodigy", "schedulefree_adamw"] = Field(
+        default="adamw",
+        description="The algorithm. dadapt_adam and prodigy find the learning rate by themselves; "
+        "schedulefree_adamw averages its steps instead of lowering the rate, and saves the average.",
+    )
+    lr: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        default="auto",
+        description="Learning rate at its peak; for dadapt_adam and prodigy a factor of the rate "
+        "that they find, at least 0.01. auto: 1e-5 for adamw, 5e-5 for schedulefree_adamw, 1 for the others.",
+    )
     betas: Betas = Field(
         default=(0.9, 0.999),
         description="Decay of the running means of the gradient and of its square.",
     )
     weight_decay: float = Field(default=0.05, ge=0, description="Decoupled weight decay.")
     eps: float = Field(default=1e-8, gt=0, description="Added to the denominator of each step.")
+    d0: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="dadapt_adam and prodigy only: the rate they start from, below the right one; "
+        "null: 1e-6.",
+    )
+    d_coef: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="prodigy only: a factor of its estimate, the preferred way to tune it; null: 1.",
+    )
+    growth_rate: Annotated[float, Field(gt=1)] | None = Field(
+        default=None,
+        description="dadapt_adam and prodigy only: the most that the rate may grow in a step, as a "
+        "factor; null: any.",
+    )
     max_grad_norm: float = Field(
         default=1.0,
         gt=0,
         description="Gradients whose overall norm is larger are scaled down to it.",
     )
 
+    @field_validator("lr")
+    @classmethod
+    def _is_a_multiplier_near_one(
+        cls, lr: float | Literal["auto"], info: ValidationInfo
+    ) -> float | Literal["auto"]:
+        name = info.data.get("name")
+        if name in LEARNING_RATE_FREE and lr != "auto" and lr < _LEAST_MULTIPLIER:
+            raise contradiction(
+                f"auto, 1.0 or a number near it (at least {_LEAST_MULTIPLIER}): {name} finds the "
+                "learning rate, and lr multiplies it"
+            )
+        return lr
+
+    @field_validator("betas")
+    @classmethod
+    def _is_averaged(cls, betas: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
+        if info.data.get("name") == "schedulefree_adamw" and betas[0] == 0:
+            raise contradiction("a first number > 0 with schedulefree_adamw, which divides by it")
+        return betas
+
+    @field_validator("d0", "d_coef", "growth_rate")
+    @classmethod
+    def _is_read(cls, value: float | None, info: ValidationInfo) -> float | None:
+        readers = ("prodigy",) if info.field_name == "d_coef" else LEARNING_RATE_FREE
+        name = info.data.get("name")
+        if value is not None and name is not None and name not in readers:
+            raise contradiction(
+                f"null, or optimizer.name: {' or '.join(readers)}; {name} does not read it"
+            )
+        return value
+
 
 class Schedule(_Section):
     """How the learning rate moves over the run."""
 
-    name: Literal["cosine", "constant"] = Field(
-        default="cosine",
-        description="The shape after the warm-up: down to zero along a cosine, or level.",
+    name: Literal["auto", "cosine", "constant"] = Field(
+        default="auto",
+        description="The shape after the warm-up: down to zero along a cosine, or level; auto: "
+        "cosine for adamw, constant for the other optimizers.",
     )
-    warmup_ratio: float = Field(
-        default=0.03,
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = Field(
+        default="auto",
+        description="Share of the steps in which the rate climbs linearly to its peak; auto: 0.03, "
+        "and 0 for dadapt_adam and prodigy, whose own rate climbs from nearly nothing.",
+    )
+
+
+class Evaluation(_Section):
+    """What is measured on the way, with data.validation: see docs/design.md#evaluation."""
+
+    every_steps: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto",
+        description="Optimizer steps between two evaluations; the last step always has one. auto: an "
+        "epoch, or 200 where an epoch is longer.",
+    )
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="End the run after this many evaluations in a row without a new lowest held-out "
+        "loss; null: never.",
+    )
+    memorisation_pictures: int = Field(
+        default=16,
         ge=0,
-        lt=1,
-        description="Share of the steps in which the rate climbs linearly to its peak.",
+        description="Training pictures asked at each evaluation, to see whether their answers come "
+        "back word for word.",
     )
+    probe_pictures: int = Field(
+        default=4,
+        ge=0,
+        description="Held-out pictures whose answers are kept in jokes.jsonl at each evaluation.",
+    )
+    max_new_tokens: int = Field(default=64, ge=1, description="The most tokens of such an answer.")
 
 
 class Recipe(_Section):
@@ -138,17 +235,28 @@ class Recipe(_Section):
     data: Data
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
+    evaluation: Evaluation = Evaluation()
     epochs: int = Field(default=8, ge=1, description="Passes over the training records.")
     max_steps: int | None = Field(
         default=None,
         ge=1,
         description="Stop after this many optimizer steps; null: after the last epoch.",
     )
-    micro_batch_size: int = Field(default=8, ge=1, description="Samples in one forward pass.")
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default=8,
+        description="Samples in one forward pass; auto: the most that fit in memory, found by trying when "
+        "the run starts, gradient_accumulation_steps following so that a step has the same samples.",
+    )
     gradient_accumulation_steps: int = Field(
         default=2,
         ge=1,
         description="Forward passes whose gradients are summed into one optimizer step.",
+    )
+    samples_per_step: int | None = Field(
+        default=None,
+        ge=1,
+        description="Samples of one optimizer step, to be cut by micro_batch_size: auto; null: "
+        f"micro_batch_size x gradient_accumulation_steps, auto counting as {_AUTO_COUNTS_AS}.",
     )
     packing: bool = Field(
         default=False,
@@ -161,17 +269,74 @@ class Recipe(_Section):
     log_every_steps: int = Field(
         default=1, ge=1, description="Optimizer steps between two lines of metrics."
     )
+    trackers: Literal["auto"] | list[Tracker] = Field(
+        default="auto",
+        description="Where the metrics go besides metrics.jsonl, such as [wandb]; []: nowhere; auto: "
+        "to TensorBoard, in the run folder, if it is installed.",
+    )
     save_every_steps: int = Field(
         default=200, ge=1, description="Optimizer steps between two checkpoints."
     )
     keep_checkpoints: int = Field(
-        default=3, ge=1, description="The newest checkpoints that are kept."
+        default=3,
+        ge=1,
+        description="The newest checkpoints that are kept; the best one is kept besides.",
     )
     run: str = Field(
         default="runs/my-teller", min_length=1, description="The folder that the run writes."
     )
     seed: int = Field(
         default=0, ge=0, le=2**32 - 1, description="Seed of initialisation, order and dropout."
+    )
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Samples of one optimizer step, however it is cut into micro-batches."""
+        if self.samples_per_step is not None:
+            return self.samples_per_step
+        size = _AUTO_COUNTS_AS if self.micro_batch_size == "auto" else self.micro_batch_size
+        return size * self.gradient_accumulation_steps
+
+    @field_validator("samples_per_step")
+    @classmethod
+    def _agrees_with_a_given_micro_batch_size(
+        cls, samples: int | None, info: ValidationInfo
+    ) -> int | None:
+        size = info.data.get("micro_batch_size")
+        passes = info.data.get("gradient_accumulation_steps")
+        if samples and isinstance(size, int) and passes and samples != size * passes:
+            expected = (
+                f"{size * passes}, which is micro_batch_size x gradient_accumulation_steps; null; "
+                "or any number with micro_batch_size: auto"
+            )
+            raise contradiction(expected)
+        return samples
+
+    @field_validator("schedule")
+    @classmethod
+    def _suits_the_optimizer(cls, schedule: Schedule, info: ValidationInfo) -> Schedule:
+        optimizer = info.data.get("optimizer")
+        if (
+            optimizer is not None
+            and optimizer.name == "schedulefree_adamw"
+            and schedule.name == "cosine"
+        ):
+            raise contradiction(
+                "auto or constant with schedulefree_adamw, whose averaging takes the place of a falling rate",
+                "schedule.name",
+            )
+        return schedule
+
+
+def contradiction(expected: str, key: str | None = None) -> PydanticCustomError:
+    """An error about a value that does not agree with another.
+
+    Args:
+        expected: What would agree.
+        key: The dotted key at fault, if it is not the one that is being checked.
+    """
+    return PydanticCustomError(
+        CONTRADICTION, "{expected}", {"expected": expected} | ({"key": key} if key else {})
     )
 
 
@@ -228,7 +393,8 @@ def _in_words(field: dict[str, Any]) -> str:
     if field["type"] == "array":
         if "prefixItems" in field:
             return f"[{', '.join(_in_words(item) for item in field['prefixItems'])}]"
-        return f"list of at least {field['minItems']} {_in_words(field['items'])}"
+        least = f"at least {field['minItems']} " if "minItems" in field else ""
+        return f"list of {least}{_in_words(field['items'])}"
     if field["type"] == "boolean":
         return "true or false"
     word = field["format"] if field.get("format") == "path" else field["type"]

@@ -53,6 +53,29 @@ def dequantised(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.data
 
 
+def bytes_of(parameter: torch.Tensor) -> int:
+    """The memory that a parameter takes, an NF4 weight's scales included."""
+    if not isinstance(parameter, bnb.nn.Params4bit):
+        return parameter.nbytes
+    state = parameter.quant_state
+    nested = [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
+    return parameter.nbytes + sum(t.nbytes for t in [state.absmax, state.code, *nested])
+
+
+def saved_bytes(language_model: nn.Module) -> int:
+    """The memory that NF4 would save on a language model: its frozen linear layers at 4 bits a weight.
+
+    Each block of weights has a scale of 8 bits, and 256 blocks a float32 to scale those.
+    """
+    frozen = [
+        module.weight
+        for module in language_model.modules()
+        if type(module) is nn.Linear and not module.weight.requires_grad
+    ]
+    per_weight = 0.5 + 1 / _BLOCK + 4 / (256 * _BLOCK)
+    return round(sum(weight.nbytes - weight.numel() * per_weight for weight in frozen))
+
+
 def quantised(weight: torch.Tensor) -> bnb.nn.Params4bit:
     """Quantise a weight on its device."""
     parameter = bnb.nn.Params4bit(

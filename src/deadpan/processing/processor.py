@@ -75,6 +75,21 @@ class Sample:
     name: str
 
 
+@dataclass(frozen=True)
+class Size:
+    """How large a sample will be, known before its pictures are decoded.
+
+    Attributes:
+        tokens: Tokens, image tokens included.
+        supervised: Those of them that are learned.
+        tiles: Tiles of its pictures, thumbnails included.
+    """
+
+    tokens: int
+    supervised: int
+    tiles: int
+
+
 def place_pictures(turns: Sequence[Turn], pictures: int, where: str) -> list[Turn]:
     """Put `<image>` in front of the first question where the one picture has no place, and check the count.
 
@@ -175,11 +190,16 @@ class Processor:
         images = [open_picture(path) for path in record.image_paths]
         return self.sample(images, record.turns, record.name)
 
-    def length(self, record: Record) -> int:
-        """The number of tokens of a record, from its pictures' headers alone; it may exceed max_length."""
+    def size(self, record: Record) -> Size:
+        """The size of a record, from its pictures' headers alone; it may exceed max_length."""
         paths = record.image_paths
         counts = [self.tile_policy.count(picture_size(path), len(paths)) for path in paths]
-        return len(self._encode(record.turns, counts, record.name)[0])
+        input_ids, labels = self._encode(record.turns, counts, record.name)
+        return Size(len(input_ids), len(labels) - labels.count(IGNORE_INDEX), sum(counts))
+
+    def length(self, record: Record) -> int:
+        """The number of tokens of a record; see `size`."""
+        return self.size(record).tokens
 
     def encode(
         self, turns: Sequence[Turn], tile_counts: Sequence[int], name: str

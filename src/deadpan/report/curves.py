@@ -34,8 +34,8 @@ class Curve:
         losses: The training loss at each of them.
         eval_steps: The steps at which the held-out loss was taken, ascending.
         eval_losses: The held-out loss at each of them.
-        samples: Samples seen up to each of `steps`, or None if the run does not tell. A smaller
-            last step of an epoch counts as a whole one.
+        samples: Samples seen up to each of `steps`, or None if the run does not tell. In logs that do
+            not count them, a smaller last step of an epoch counts as a whole one.
         seconds: Time spent in steps up to each of `steps`, or None if the run does not tell.
     """
 
@@ -82,6 +82,7 @@ def read(path: Path) -> Curve:
     batch = _samples_a_step(log.with_name("recipe.yaml"))
     steps: list[int] = []
     losses: list[float] = []
+    samples: list[int | None] = []
     paces: list[float | None] = []
     eval_steps: list[int] = []
     eval_losses: list[float] = []
@@ -91,6 +92,7 @@ def read(path: Path) -> Curve:
         if "loss" in line:
             steps.append(_step(line, where, steps))
             losses.append(_figure(line, "loss", where))
+            samples.append(_samples(line, steps[-1], batch, where))
             paces.append(_seconds_a_step(line, batch, where))
         if "eval_loss" in line:
             eval_steps.append(_step(line, where, eval_steps))
@@ -106,7 +108,7 @@ def read(path: Path) -> Curve:
         tuple(losses),
         tuple(eval_steps),
         tuple(eval_losses),
-        None if batch is None else tuple(step * batch for step in steps),
+        None if None in samples else tuple(count for count in samples if count is not None),
         _elapsed(steps, paces),
     )
 
@@ -245,6 +247,13 @@ def _figure(line: Mapping[str, Any], key: str, where: str) -> float:
             found=json.dumps(value, ensure_ascii=False),
         )
     return float(value)
+
+
+def _samples(line: Mapping[str, Any], step: int, batch: int | None, where: str) -> int | None:
+    """Samples seen up to a step: as logged, else by the recipe."""
+    if "samples" in line:
+        return int(_figure(line, "samples", where))
+    return None if batch is None else step * batch
 
 
 def _seconds_a_step(line: Mapping[str, Any], batch: int | None, where: str) -> float | None:

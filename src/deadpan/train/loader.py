@@ -17,7 +17,7 @@ from deadpan.train.plan import MicroBatch, Plan
 _MOST_WORKERS = 8
 
 
-class _MicroBatches(Dataset[tuple[MicroBatch, Batch | DeadpanError]]):
+class MicroBatches(Dataset[tuple[MicroBatch, Batch | DeadpanError]]):
     """Makes the tensors of a micro-batch; its index is the micro-batch itself.
 
     An error is returned rather than raised: PyTorch would carry it out of a worker as a traceback.
@@ -28,10 +28,18 @@ class _MicroBatches(Dataset[tuple[MicroBatch, Batch | DeadpanError]]):
 
     def __getitem__(self, micro_batch: MicroBatch) -> tuple[MicroBatch, Batch | DeadpanError]:
         try:
-            samples = [self._processor.record(self._records[i]) for i in micro_batch.indices]
+            return micro_batch, self.batch(micro_batch)
         except DeadpanError as error:
             return micro_batch, error
-        return micro_batch, collate(samples, self._processor.pad_id, self._packing)
+
+    def batch(self, micro_batch: MicroBatch) -> Batch:
+        """The tensors of a micro-batch.
+
+        Raises:
+            DeadpanError: If a picture has become unreadable since the survey.
+        """
+        samples = [self._processor.record(self._records[i]) for i in micro_batch.indices]
+        return collate(samples, self._processor.pad_id, self._packing)
 
 
 class _Order(Sampler[MicroBatch]):
@@ -61,7 +69,7 @@ def batches(
 ) -> DataLoader:
     """A loader of (MicroBatch, Batch or DeadpanError) for all steps after the finished ones."""
     return DataLoader(
-        _MicroBatches(records, processor, packing),
+        MicroBatches(records, processor, packing),
         batch_size=None,
         sampler=_Order(plan, done),
         num_workers=workers,

@@ -6,50 +6,46 @@ samples at once and one sample eight times give the same gradient, however the t
 a short last step weighs each token like any other.
 """
 
-import json
 import math
 import resource
-import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from peft import PeftModel
 from torch.utils.data import DataLoader
 
-from deadpan import nano
-from deadpan.checkpoints.load import choose_device, choose_dtype, load_base
+from deadpan.checkpoints.load import choose_device, choose_dtype
 from deadpan.checkpoints.source import Layout, detect, resolve
-from deadpan.config.loader import dump_recipe, inline_yaml, load_recipe
 from deadpan.config.schema import Recipe
 from deadpan.data.records import load as load_records
-from deadpan.environment import describe
 from deadpan.errors import DeadpanError
-from deadpan.models import lora
 from deadpan.models.answer_loss import AnswerLoss
 from deadpan.models.attention import kernels
-from deadpan.models.build import checkpoint_layers
 from deadpan.processing.collate import Batch
 from deadpan.processing.processor import load_processor
-from deadpan.train import state
-from deadpan.train.loader import batches, worker_count
+from deadpan.train import evaluation, memory, optimizers, state, trackers
+from deadpan.train.loader import MicroBatches, batches, worker_count
+from deadpan.train.model import build
 from deadpan.train.plan import MicroBatch, Plan
+from deadpan.train.rehearsal import choose_micro_batch_size
+from deadpan.train.run_folder import RunLog, open_run
+from deadpan.train.schedule import resolve as resolve_schedule
 from deadpan.train.schedule import schedule
-from deadpan.train.survey import Survey, survey
+from deadpan.train.split import split
+from deadpan.train.stopping import stop_signal
+from deadpan.train.survey import survey
 from deadpan.train.watcher import Watcher
 
-_MAY_CHANGE = {
-    "attention", "data.workers", "device", "keep_checkpoints", "log_every_steps", "run",
-    "save_every_steps",
-}  # fmt: skip
-"""Recipe keys that a resumed run may have otherwise than before."""
+
+class _Stopped(Exception):
+    """Ends an evaluation in the middle, because the run is asked to stop."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,9 @@ class Result:
         checkpoint: Its newest checkpoint.
         steps: Optimizer steps done in all.
         loss: The last step's loss.
-        interrupted: Whether it was stopped by a signal before its last step.
+        interrupted: Whether it was stopped by a signal before its end.
+        best: The step and the held-out loss of the best evaluation, if there was one.
+        stopped_early: Whether it ended because the held-out loss had stopped falling.
     """
 
     run: Path
@@ -69,6 +67,8 @@ class Result:
     steps: int
     loss: float
     interrupted: bool
+    best: tuple[int, float] | None
+    stopped_early: bool
 
 
 class Trainer:
@@ -78,15 +78,22 @@ class Trainer:
         recipe: What to do.
         resume: Go on from the run folder's newest checkpoint.
         watcher: Is told what happens.
+        dry_run: No run will follow, so one that is in the folder is not in the way.
 
     Raises:
         DeadpanError: If the data, the model, or the run folder is not in order.
     """
 
-    def __init__(self, recipe: Recipe, resume: bool, watcher: Watcher) -> None:
-        self.recipe, self.watcher = recipe, watcher
+    def __init__(
+        self, recipe: Recipe, resume: bool, watcher: Watcher, dry_run: bool = False
+    ) -> None:
+        self.watcher = watcher
         self.run = Path(recipe.run)
-        self._checkpoint = _open_run(self.run, recipe, resume)
+        self._checkpoint = None
+        if resume or not dry_run:
+            self._checkpoint, recipe = open_run(self.run, recipe, resume)
+        self.recipe = recipe
+        self._trackers = trackers.choose(recipe)
         self.device = choose_device(recipe.device)
         self.dtype = choose_dtype(recipe.precision, self.device)
         set_seed(recipe.seed)
@@ -100,50 +107,24 @@ class Trainer:
             )
         self.processor = load_processor(folder, recipe.max_tiles, recipe.max_length)
         # Before the weights are read: that takes minutes, and a bad record none of them.
-        self.survey: Survey = survey(
-            records,
-            self.processor,
-            recipe.data.overlong,
-            watcher.surveying,
-        )
+        surveyed = survey(records, self.processor, recipe.data.overlong, watcher.surveying)
+        self.survey, self.held_out = split(recipe, surveyed, self.processor, watcher.surveying)
         self.plan = Plan(
             len(self.survey.records),
             recipe.epochs,
-            recipe.micro_batch_size,
-            recipe.gradient_accumulation_steps,
+            # `auto` starts as the whole step at once; `divide` cuts it.
+            recipe.effective_batch_size
+            if recipe.micro_batch_size == "auto"
+            else recipe.micro_batch_size,
+            1 if recipe.micro_batch_size == "auto" else recipe.gradient_accumulation_steps,
             recipe.seed,
             recipe.max_steps,
         )
-        self.model = self._load_model(folder)
+        with self._memory_explained():
+            self.model = build(
+                recipe, folder, self.processor, self.device, self.dtype, watcher.loading
+            )
         self._prepare()
-
-    def _load_model(self, folder: Path) -> PeftModel:
-        recipe = self.recipe
-        plain = load_base(
-            folder,
-            detect(folder),
-            self.processor,
-            self.device,
-            self.dtype,
-            self._attention(),
-            recipe.quantization,
-            self.watcher.loading,
-        )
-        # A folder is recorded by its full path, so that the adapter finds it from anywhere; a Hub id stays one.
-        local = recipe.model != nano.MODEL and Path(recipe.model).expanduser().is_dir()
-        base = str(folder.resolve()) if local else recipe.model
-        model = lora.attach(
-            plain, base, train_projector=recipe.train_projector, **recipe.lora.model_dump()
-        )
-        if recipe.gradient_checkpointing:
-            # The frozen vision tower keeps no activations; only the language model has something to recompute.
-            checkpoint_layers(plain.model.language_model)
-        return model.train()
-
-    def _attention(self) -> str:
-        """`auto` keeps the samples of packed rows apart without a mask, which takes time and memory."""
-        auto = self.recipe.attention == "auto" and self.recipe.packing
-        return "varlen" if auto else self.recipe.attention
 
     def _prepare(self) -> None:
         recipe = self.recipe
@@ -155,88 +136,172 @@ class Trainer:
                 fix="start it with `deadpan train`, not through torchrun or accelerate launch",
             )
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        settings = recipe.optimizer
-        self.optimizer = torch.optim.AdamW(
-            trainable,
-            lr=settings.lr,
-            betas=settings.betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            fused=self.device.type == "cuda",
+        algorithm = recipe.optimizer.name
+        _, warmup = resolve_schedule(recipe.schedule, algorithm)
+        self.optimizer = optimizers.build(trainable, recipe.optimizer, warms_up=warmup > 0)
+        self.scheduler = schedule(self.optimizer, recipe.schedule, self.plan.steps, algorithm)
+        self.position = state.Position(
+            records=state.digest(self.survey.records),
+            held_out=state.digest(self.held_out) if self.held_out else "",
         )
-        self.scheduler = schedule(self.optimizer, recipe.schedule, self.plan.steps)
-        self.position = state.Position(records=state.digest(self.survey.records))
         if self._checkpoint is not None:
             before = state.restore(self._checkpoint, self.model, self.optimizer, self.scheduler)
-            if before.records != self.position.records:
-                raise DeadpanError(
-                    "The records are not those that the run was started with.",
-                    where=recipe.data.train,
-                    expected=f"SHA-256 {before.records[:16]}... of texts and picture names",
-                    found=f"{self.position.records[:16]}...",
-                    fix="put the old file back, or start a new run with run=runs/NAME",
-                )
+            self._check_records(before)
             self.position = before
         # Prepared without its optimizer: gradients are scaled and accumulated here, not by accelerate.
         self.loss = self.accelerator.prepare_model(AnswerLoss(self.model))
         self.trainable = trainable
 
+    def _check_records(self, before: state.Position) -> None:
+        now, data = self.position, self.recipe.data
+        for what, file, expected, found in (
+            ("records", data.train, before.records, now.records),
+            ("held-out records", data.validation, before.held_out, now.held_out),
+        ):
+            if expected != found:
+                raise DeadpanError(
+                    f"The {what} are not those that the run was started with.",
+                    where=str(file),
+                    expected=f"SHA-256 {expected[:16]}... of texts and picture names",
+                    found=f"{found[:16]}...",
+                    fix="put the old file and pictures back, or start a new run with run=runs/NAME",
+                )
+
     def train(self) -> Result:
         """Run to the end, or until SIGINT or SIGTERM asks to stop; either way the last step is saved."""
-        recipe = self.recipe
-        last = self._open_log()
+        if self.recipe.micro_batch_size == "auto":
+            self.divide(choose_micro_batch_size(self))
+        with self._memory_explained():
+            return self._train()
+
+    def divide(self, micro_batch_size: int) -> None:
+        """Settle the micro-batch size; a step keeps its samples."""
+        self.plan = self.plan.divided(micro_batch_size)
+        settled = {
+            "micro_batch_size": micro_batch_size,
+            "gradient_accumulation_steps": self.plan.accumulation,
+        }
+        self.recipe = self.recipe.model_copy(update=settled)
+
+    def rehearse(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Do an optimizer step on micro-batches of any choice, which is neither logged nor saved."""
+        prepare = MicroBatches(self.survey.records, self.processor, self.recipe.packing)
+        self._step([(micro_batch, prepare.batch(micro_batch)) for micro_batch in micro_batches])
+
+    def steps(self) -> Generator[dict[str, Any], None, None]:
+        """Do the run's steps, yielding each one's metrics."""
         loader = batches(
             self.survey.records,
             self.processor,
             self.plan,
             self.position.step,
-            recipe.packing,
-            worker_count(recipe.data.workers, self.device),
+            self.recipe.packing,
+            worker_count(self.recipe.data.workers, self.device),
         )
-        metrics = last or {"loss": math.nan}
+        return self._steps(loader)
+
+    def _memory_explained(self) -> AbstractContextManager[None]:
+        return memory.explained(self.recipe, self.run, self.processor.tile_policy.max_tiles)
+
+    def _train(self) -> Result:
+        recipe = self.recipe
         saved = self._checkpoint
-        self.watcher.starting(self.plan, self.position.step, self.survey)
-        with self._log.open("a", encoding="utf-8") as log, _stop_signal() as stop:
-            for metrics in self._steps(loader):
+        with (
+            RunLog(self.run, recipe, self.position) as log,
+            trackers.Trackers(
+                self.accelerator, self._trackers, self.run, recipe, self.position.step
+            ) as tracked,
+            stop_signal() as stop,
+        ):
+            log.also(tracked.write)
+            state.point_best(self.run, self.position)
+            metrics = log.last_step or {"loss": math.nan}
+            self.watcher.starting(self.plan, self.position.step, self.survey, len(self.held_out))
+            # It was stopped before, or in, an evaluation.
+            if self._is_due() and self._evaluate(log, stop) is not None:
+                saved = self._save()
+            for metrics in () if self._is_over() else self.steps():
                 step = metrics["step"]
                 if step % recipe.log_every_steps == 0 or step == self.plan.steps:
-                    log.write(json.dumps(metrics) + "\n")
-                    log.flush()
+                    log.write(metrics)
                 self.watcher.stepped(metrics)
-                saved = self._save() if step % recipe.save_every_steps == 0 else None
-                if stop.is_set():
+                is_best = self._is_due() and not stop.is_set() and self._evaluate(log, stop)
+                saved = self._save() if is_best or step % recipe.save_every_steps == 0 else None
+                if stop.is_set() or self._is_over():
                     break
             if saved is None:
                 saved = self._save()
+        best = self.position.evaluations.best
         return Result(
             self.run,
             saved,
             self.position.step,
             metrics["loss"],
-            self.position.step < self.plan.steps,
+            interrupted=self._is_due() or not self._is_over(),
+            best=None if best is None else (best.step, best.held_out),
+            stopped_early=self._is_over() and self.position.step < self.plan.steps,
         )
 
-    def _open_log(self) -> dict[str, Any] | None:
-        """Write what the run folder says of the run; returns the last metrics before the first step.
+    def _is_due(self) -> bool:
+        """Whether the step done last calls for an evaluation that has not been made."""
+        step = self.position.step
+        every = evaluation.interval(self.recipe.evaluation, self.plan.steps_per_epoch)
+        return (
+            bool(self.held_out)
+            and step > self.position.evaluations.step
+            and (step % every == 0 or step == self.plan.steps)
+        )
 
-        What was logged after the checkpoint resumed from is dropped: those steps are done again.
-        """
-        self._log = self.run / "metrics.jsonl"
+    def _is_over(self) -> bool:
+        """Whether no step is left, or the held-out loss has not fallen for too long."""
+        patience = self.recipe.evaluation.early_stopping_patience
+        tired = patience is not None and self.position.evaluations.since_best >= patience
+        return tired or self.position.step == self.plan.steps
+
+    def _evaluate(self, log: RunLog, stop: threading.Event) -> bool | None:
+        """Measure the model as it would be saved now; whether it is the best so far, or None if stopped amid it."""
+
+        def progress(done: int, total: int) -> None:
+            if stop.is_set():
+                raise _Stopped
+            self.watcher.evaluating(done, total)
+
+        began, step = time.perf_counter(), self.position.step
+        evaluator = evaluation.Evaluator(
+            self.model,
+            self.processor,
+            self.survey.records,
+            self.held_out,
+            self.recipe.evaluation,
+            self.recipe.seed,
+            self.plan.micro_batch_size,
+            self.dtype,
+        )
         try:
-            self.run.mkdir(parents=True, exist_ok=True)
-            state.write_whole(self.run / "recipe.yaml", dump_recipe(self.recipe))
-            environment = json.dumps(describe(), ensure_ascii=False, indent=2)
-            state.write_whole(self.run / "environment.json", environment + "\n")
-            kept = _metrics_until(self._log, self.position.step)
-            state.write_whole(self._log, "".join(json.dumps(line) + "\n" for line in kept))
-        except OSError as error:
-            raise DeadpanError(
-                f"The run folder cannot be written: {error}.", where=self.run
-            ) from None
-        return kept[-1] if kept else None
+            with optimizers.weights_to_use(self.optimizer):
+                figures = evaluator.evaluate(progress)
+        except _Stopped:
+            return None
+        before = self.position.evaluations
+        after, is_best, reason = evaluation.judge(before, step, figures)
+        self.position = replace(self.position, evaluations=after)
+        metrics = {
+            "step": step,
+            "epoch": round(step / self.plan.steps_per_epoch, 4),
+            "samples": self.position.samples,
+            **figures.to_json(),
+            "best": is_best,
+            "memorising": reason is not None,
+            "evaluation_seconds": round(time.perf_counter() - began, 3),
+        }
+        log.write(metrics)
+        log.tell(step, figures.jokes)
+        self.watcher.evaluated(metrics, figures.jokes)
+        if reason is not None and not before.warned:
+            self.watcher.memorising(step, reason)
+        return is_best
 
-    def _steps(self, loader: DataLoader) -> Iterator[dict[str, Any]]:
-        """Do the steps, yielding each one's metrics."""
+    def _steps(self, loader: DataLoader) -> Generator[dict[str, Any], None, None]:
         began = time.perf_counter()
         waited = 0.0
         step: list[tuple[MicroBatch, Batch]] = []
@@ -249,22 +314,25 @@ class Trainer:
             waited = time.perf_counter() - began
             metrics = self._step(step)
             now = time.perf_counter()
-            seconds, began = now - began, now
+            seconds = now - began
             samples = sum(len(micro_batch.indices) for micro_batch, _ in step)
             tokens = sum(batch.tokens for _, batch in step)
-            self.position = state.Position(
-                step[0][0].step,
-                self.position.samples + samples,
-                self.position.seconds + seconds,
-                self.position.records,
+            self.position = replace(
+                self.position,
+                step=step[0][0].step,
+                samples=self.position.samples + samples,
+                seconds=self.position.seconds + seconds,
             )
             yield {
                 **metrics,
+                "samples": self.position.samples,
                 "samples_per_second": round(samples / seconds, 3),
                 "tokens_per_second": round(tokens / seconds, 1),
                 "data_wait_fraction": round(waited / seconds, 4),
                 "memory_gib": round(self._memory(), 3),
             }
+            # What was done meanwhile, saving and evaluating, is no part of the next step.
+            began = time.perf_counter()
             step = []
 
     def _step(self, step: list[tuple[MicroBatch, Batch]]) -> dict[str, Any]:
@@ -296,7 +364,10 @@ class Trainer:
                 fix="look at these records, lower optimizer.lr, or set precision=fp32"
                 + ("; the last checkpoint is intact" if state.checkpoints(self.run) else ""),
             )
-        lr = self.scheduler.get_last_lr()[0]
+        rates = {
+            "lr": self.scheduler.get_last_lr()[0],
+            **optimizers.estimates(self.optimizer),
+        }
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -304,7 +375,7 @@ class Trainer:
             "step": step[0][0].step,
             "epoch": round(step[0][0].step / self.plan.steps_per_epoch, 4),
             "loss": mean,
-            "lr": lr,
+            **rates,
             "grad_norm": norm.item(),
         }
 
@@ -325,80 +396,3 @@ class Trainer:
             self.recipe.quantization,
             self.recipe.keep_checkpoints,
         )
-
-
-def _open_run(run: Path, recipe: Recipe, resume: bool) -> Path | None:
-    """The checkpoint to resume from, or None for a fresh run.
-
-    Raises:
-        DeadpanError: If a fresh run would overwrite one, or there is nothing to resume, or another recipe was trained.
-    """
-    existing = state.checkpoints(run)
-    if not resume:
-        if existing:
-            raise DeadpanError(
-                "The run folder holds a run already.",
-                where=run,
-                found=f"checkpoints up to {existing[-1].name}",
-                fix="add --resume to go on with it, or choose another folder with run=runs/NAME",
-            )
-        return None
-    if not existing:
-        raise DeadpanError(
-            "There is no checkpoint to resume from.", where=run, fix="leave out --resume to start"
-        )
-    state.verify(existing[-1])
-    before, now = _leaves(load_recipe(run / "recipe.yaml")), _leaves(recipe)
-    changed = [key for key in now if key not in _MAY_CHANGE and now[key] != before[key]]
-    if changed:
-        raise DeadpanError(
-            "The recipe is not the one that the run was started with.",
-            where=run / "recipe.yaml",
-            expected="; ".join(f"{key}: {inline_yaml(before[key])}" for key in changed),
-            found="; ".join(f"{key}: {inline_yaml(now[key])}" for key in changed),
-            fix=f"resume with deadpan train {run / 'recipe.yaml'} --resume, or start a new run",
-        )
-    return existing[-1]
-
-
-def _leaves(recipe: Recipe) -> dict[str, Any]:
-    """A recipe's values by their dotted keys."""
-    leaves: dict[str, Any] = {}
-    for key, value in recipe.model_dump(mode="json").items():
-        if isinstance(value, dict):
-            leaves |= {f"{key}.{inner}": leaf for inner, leaf in value.items()}
-        else:
-            leaves[key] = value
-    return leaves
-
-
-def _metrics_until(log: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of a log up to a step; a half-written last line, left by a crash, is passed over."""
-    lines: list[dict[str, Any]] = []
-    if log.exists():
-        for text in log.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
-    return [line for line in lines if line["step"] <= step]
-
-
-@contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-    """Turn the first SIGINT or SIGTERM into a request to stop after the step; a second one interrupts at once."""
-    stop = threading.Event()
-    previous = {}
-
-    def ask(number: int, frame: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

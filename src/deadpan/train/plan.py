@@ -9,7 +9,7 @@ run only has to know how many steps are done.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -64,6 +64,12 @@ class Plan:
         """Optimizer steps of the whole run."""
         total = self.steps_per_epoch * self.epochs
         return total if self.max_steps is None else min(total, self.max_steps)
+
+    def divided(self, micro_batch_size: int) -> "Plan":
+        """The same steps of the same samples, cut into micro-batches of another size that divides them."""
+        accumulation = self.samples_per_step // micro_batch_size
+        assert accumulation * micro_batch_size == self.samples_per_step
+        return replace(self, micro_batch_size=micro_batch_size, accumulation=accumulation)
 
     def order(self, epoch: int) -> list[int]:
         """The records in the order of an epoch."""

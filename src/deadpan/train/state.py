@@ -7,6 +7,7 @@ processor beside it, so `deadpan tell` and PEFT read it as it stands; `state.pt`
 what only resuming needs.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -26,13 +27,34 @@ from safetensors import SafetensorError
 from deadpan.checkpoints.processor_files import save_processor
 from deadpan.data.records import Record
 from deadpan.errors import DeadpanError
+from deadpan.evaluate.memorisation import Reading
 from deadpan.models import lora
 from deadpan.processing.processor import POLICY_FILE, Processor
+from deadpan.train import optimizers
 
 MANIFEST = "manifest.json"
 _STATE_TENSORS, _STATE = "state.pt", "state.json"
 _NEEDED = {"adapter_config.json", lora.ADAPTER_FILE, POLICY_FILE, _STATE_TENSORS, _STATE}
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What file systems without symbolic links answer."""
 _NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """What the evaluations of a run have come to.
+
+    Attributes:
+        step: The step of the last one; 0 before the first.
+        best: The one with the lowest held-out loss.
+        since_best: How many have come after that one.
+        warned: Whether the run has been found to memorise.
+    """
+
+    step: int = 0
+    best: Reading | None = None
+    since_best: int = 0
+    warned: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,12 +66,16 @@ class Position:
         samples: Samples seen.
         seconds: Time spent in steps.
         records: A digest of the training records, so that a resumed run meets the same ones.
+        held_out: The same of the held-out records.
+        evaluations: What was measured with these.
     """
 
     step: int = 0
     samples: int = 0
     seconds: float = 0.0
     records: str = ""
+    held_out: str = ""
+    evaluations: Evaluations = Evaluations()
 
 
 def digest(records: Sequence[Record]) -> str:
@@ -82,6 +108,8 @@ def save(
 ) -> Path:
     """Write a checkpoint, point `latest` at it, and remove the oldest beyond `keep`.
 
+    `best` points at the checkpoint with the lowest held-out loss, which is not removed.
+
     Raises:
         DeadpanError: If the disk is full or not writable; earlier checkpoints stay intact.
     """
@@ -90,21 +118,26 @@ def save(
     try:
         _remove_leftovers(final.parent)
         temporary.mkdir(parents=True)
-        lora.save(model, temporary)
-        save_processor(processor, temporary, trained_on=quantization)
         tensors = {
             "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict(),
-            "random": _random_state(),
+            "random": random_state(),
         }
+        if weights := optimizers.training_weights(optimizer, model):
+            tensors["training_weights"] = weights
+        with optimizers.weights_to_use(optimizer):
+            lora.save(model, temporary)
+        save_processor(processor, temporary, trained_on=quantization)
         torch.save(tensors, temporary / _STATE_TENSORS)
         (temporary / _STATE).write_text(json.dumps(asdict(position), indent=2) + "\n")
         _write_manifest(temporary)
         if final.exists():
-            shutil.rmtree(final)
+            # Renamed out of the way, not removed: that would take long enough to be struck by a crash.
+            final.rename(final.with_name(f".{final.name}.old.tmp"))
         temporary.rename(final)
         _sync(final.parent)
         point(run / "latest", final)
+        best = point_best(run, position)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
         # A full disk is an OSError, in PyTorch's zip writer a RuntimeError, in safetensors its own
@@ -123,6 +156,8 @@ def save(
             + (f"{before[-1].name} is intact" if before else "there is no earlier checkpoint"),
         ) from None
     for old in checkpoints(run)[:-keep]:
+        if old == best:
+            continue
         # Renamed first: a crash amid the removal must not leave half a checkpoint under a good name.
         shutil.rmtree(old.rename(old.with_name(f".{old.name}.tmp")))
     return final
@@ -131,6 +166,17 @@ def save(
 def _remove_leftovers(folder: Path) -> None:
     for path in folder.glob(".step-*.tmp"):
         shutil.rmtree(path)
+
+
+def point_best(run: Path, position: Position) -> Path | None:
+    """Point `best` at the checkpoint with the lowest held-out loss, if there is one; returns it."""
+    best = position.evaluations.best
+    target = None if best is None else run / "checkpoints" / f"step-{best.step:06d}"
+    if target is None or not target.is_dir():
+        (run / "best").unlink(missing_ok=True)
+        return None
+    point(run / "best", target)
+    return target
 
 
 def _sync(path: Path) -> None:
@@ -166,10 +212,21 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def point(link: Path, target: Path) -> None:
-    """Make a relative symbolic link, replacing an old one in one step."""
+    """Make a relative symbolic link, replacing an old one in one step.
+
+    Where there are no symbolic links, a text file with the relative path takes its place, which
+    `deadpan.checkpoints.source.resolve` reads too.
+    """
+    path = target.relative_to(link.parent)
     temporary = link.with_name(f".{link.name}.tmp")
     temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target.relative_to(link.parent))
+    try:
+        temporary.symlink_to(path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        temporary.write_text(path.as_posix() + "\n", encoding="utf-8")
+        _sync(temporary)
     temporary.replace(link)
 
 
@@ -223,13 +280,22 @@ def restore(
     """Put a run back to where a verified checkpoint left it, random numbers included."""
     lora.load_state(model, checkpoint)
     tensors = torch.load(checkpoint / _STATE_TENSORS, map_location="cpu", weights_only=True)
+    optimizers.put_training_weights(model, tensors.get("training_weights", {}))
     optimizer.load_state_dict(tensors["optimizer"])
     scheduler.load_state_dict(tensors["scheduler"])
-    _set_random_state(tensors["random"])
-    return Position(**json.loads((checkpoint / _STATE).read_text()))
+    set_random_state(tensors["random"])
+    return _position(json.loads((checkpoint / _STATE).read_text()))
 
 
-def _random_state() -> dict[str, Any]:
+def _position(values: dict[str, Any]) -> Position:
+    evaluations = dict(values.get("evaluations", {}))
+    if evaluations.get("best") is not None:
+        evaluations["best"] = Reading(**evaluations["best"])
+    return Position(**{**values, "evaluations": Evaluations(**evaluations)})
+
+
+def random_state() -> dict[str, Any]:
+    """Where all random number generators stand."""
     kind, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
     version, numbers, gauss_next = random.getstate()
     return {
@@ -240,7 +306,8 @@ def _random_state() -> dict[str, Any]:
     }
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put them back to where they stood."""
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])

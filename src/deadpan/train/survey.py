@@ -8,7 +8,7 @@ from typing import Literal
 from deadpan.data.pictures import open_picture
 from deadpan.data.records import Record, check_command
 from deadpan.errors import DeadpanError
-from deadpan.processing.processor import Processor
+from deadpan.processing.processor import Processor, Size
 
 _SHOWN = 5
 
@@ -19,13 +19,24 @@ class Survey:
 
     Attributes:
         records: The records to train on.
-        lengths: Their numbers of tokens.
+        sizes: Their sizes.
         skipped: The records left out for being too long.
     """
 
     records: list[Record]
-    lengths: list[int]
+    sizes: list[Size]
     skipped: list[Record]
+
+    @property
+    def lengths(self) -> list[int]:
+        """The numbers of tokens of the records to train on."""
+        return [size.tokens for size in self.sizes]
+
+    def only(self, indices: Sequence[int]) -> "Survey":
+        """The same of some of the records."""
+        return Survey(
+            [self.records[i] for i in indices], [self.sizes[i] for i in indices], self.skipped
+        )
 
 
 def survey(
@@ -46,16 +57,16 @@ def survey(
         DeadpanError: If pictures are broken, or records are too long and not to be skipped.
     """
 
-    def look(record: Record) -> int | DeadpanError:
+    def look(record: Record) -> Size | DeadpanError:
         try:
             for path in record.image_paths:
                 open_picture(path)
-            return processor.length(record)
+            return processor.size(record)
         except DeadpanError as error:
             return error
 
     broken: list[tuple[Record, DeadpanError]] = []
-    kept: list[tuple[Record, int]] = []
+    kept: list[tuple[Record, Size]] = []
     skipped: list[tuple[Record, int]] = []
     with ThreadPoolExecutor() as pool:
         for done, (record, found) in enumerate(
@@ -63,8 +74,8 @@ def survey(
         ):
             if isinstance(found, DeadpanError):
                 broken.append((record, found))
-            elif found > processor.max_length:
-                skipped.append((record, found))
+            elif found.tokens > processor.max_length:
+                skipped.append((record, found.tokens))
             else:
                 kept.append((record, found))
             if progress is not None:
@@ -87,7 +98,7 @@ def survey(
         )
     return Survey(
         [record for record, _ in kept],
-        [length for _, length in kept],
+        [size for _, size in kept],
         [record for record, _ in skipped],
     )
 

@@ -1,8 +1,11 @@
 """Who is told how a run goes: silently, or as progress bars."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -13,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from deadpan.evaluate.answers import Answer
 from deadpan.train.plan import Plan
 from deadpan.train.survey import Survey
 
@@ -26,11 +30,23 @@ class Watcher:
     def surveying(self, done: int, total: int) -> None:
         """Records are being looked at."""
 
-    def starting(self, plan: Plan, done: int, survey: Survey) -> None:
+    def starting(self, plan: Plan, done: int, survey: Survey, held_out: int) -> None:
         """The first step is about to begin, `done` steps having been done before."""
+
+    def measuring(self, what: str) -> None:
+        """Something is being measured before the first step."""
 
     def stepped(self, metrics: dict[str, Any]) -> None:
         """A step is done."""
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Held-out and training records are being measured, and pictures asked."""
+
+    def evaluated(self, metrics: dict[str, Any], jokes: Sequence[Answer]) -> None:
+        """An evaluation is done."""
+
+    def memorising(self, step: int, reason: str) -> None:
+        """An evaluation has found, for the first time, that the run memorises."""
 
 
 class ProgressWatcher(Watcher):
@@ -67,12 +83,19 @@ class ProgressWatcher(Watcher):
     def surveying(self, done: int, total: int) -> None:
         self._advance("checking records", done, total)
 
-    def starting(self, plan: Plan, done: int, survey: Survey) -> None:
+    def measuring(self, what: str) -> None:
+        if "measuring" not in self._tasks:
+            self._tasks["measuring"] = self._progress.add_task("measuring", total=None, note="")
+        self._progress.update(self._tasks["measuring"], advance=1, note=what)
+
+    def starting(self, plan: Plan, done: int, survey: Survey, held_out: int) -> None:
         tokens = sum(survey.lengths)
         self._console.print(
             f"{plan.records} records, {tokens:,} tokens an epoch, longest {max(survey.lengths):,}; "
             f"{plan.steps} steps of {min(plan.samples_per_step, plan.records)} samples"
         )
+        if held_out:
+            self._console.print(f"{held_out} records held out, to measure with")
         if survey.skipped:
             self._console.print(f"[yellow]left out {len(survey.skipped)} records that are too long")
         if done:
@@ -87,3 +110,27 @@ class ProgressWatcher(Watcher):
         )
         task = self._progress.tasks[self._tasks["training"]]
         self._advance("training", metrics["step"], int(task.total or 0), note)
+
+    def evaluating(self, done: int, total: int) -> None:
+        self._advance("evaluating", done, total)
+
+    def evaluated(self, metrics: dict[str, Any], jokes: Sequence[Answer]) -> None:
+        parts = [
+            f"held-out loss {metrics['eval_loss']:.4f}" + " (best so far)" * metrics["best"],
+            f"of training records {metrics['train_loss']:.4f}",
+        ]
+        if "memorisation" in metrics:
+            parts.append(f"{metrics['memorisation']:.0%} told by heart")
+        self._say(f"step {metrics['step']}: " + ", ".join(parts))
+        for joke in jokes[:1]:
+            self._say(f"  {Path(joke.picture).name}: {joke.text}")
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def memorising(self, step: int, reason: str) -> None:
+        self._console.print(
+            f"[yellow]warning:[/] from step {step} on the run memorises: {escape(reason)}. The best "
+            "checkpoint is kept; evaluation.early_stopping_patience=N would end the run.",
+            soft_wrap=True,
+        )

@@ -1,0 +1,166 @@
+"""A run's folder: whether it may be written, and what a run logs there."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from deadpan.config.loader import dump_recipe, inline_yaml, load_recipe
+from deadpan.config.schema import Recipe
+from deadpan.environment import describe
+from deadpan.errors import DeadpanError
+from deadpan.evaluate.answers import Answer
+from deadpan.train import state
+
+_MAY_CHANGE = {
+    "attention", "data.workers", "device", "gradient_checkpointing", "keep_checkpoints",
+    "log_every_steps", "run", "save_every_steps", "trackers",
+}  # fmt: skip
+"""Recipe keys that a resumed run may have otherwise than before; so may all of `evaluation`."""
+_CUTS_A_STEP = {"micro_batch_size", "gradient_accumulation_steps", "samples_per_step"}
+"""Recipe keys that a resumed run may have otherwise as long as a step has as many samples."""
+
+
+def open_run(run: Path, recipe: Recipe, resume: bool) -> tuple[Path | None, Recipe]:
+    """The checkpoint to resume from, or None for a fresh run; and the recipe.
+
+    A resumed run whose recipe says micro_batch_size: auto goes on with the size that was chosen at first.
+
+    Raises:
+        DeadpanError: If a fresh run would overwrite one, or there is nothing to resume, or another recipe was trained.
+    """
+    existing = state.checkpoints(run)
+    if not resume:
+        if existing:
+            raise DeadpanError(
+                "The run folder holds a run already.",
+                where=run,
+                found=f"checkpoints up to {existing[-1].name}",
+                fix="add --resume to go on with it, or choose another folder with run=runs/NAME",
+            )
+        return None, recipe
+    if not existing:
+        raise DeadpanError(
+            "There is no checkpoint to resume from.", where=run, fix="leave out --resume to start"
+        )
+    state.verify(existing[-1])
+    started = load_recipe(run / "recipe.yaml")
+    may_change = set(_MAY_CHANGE)
+    if recipe.effective_batch_size == started.effective_batch_size:
+        may_change |= _CUTS_A_STEP
+        if recipe.micro_batch_size == "auto":
+            recipe = recipe.model_copy(update={key: getattr(started, key) for key in _CUTS_A_STEP})
+    before, now = leaves(started), leaves(recipe)
+    changed = [
+        key
+        for key in now
+        if key not in may_change and not key.startswith("evaluation.") and now[key] != before[key]
+    ]
+    if changed:
+        raise DeadpanError(
+            "The recipe is not the one that the run was started with.",
+            where=run / "recipe.yaml",
+            expected="; ".join(f"{key}: {inline_yaml(before[key])}" for key in changed),
+            found="; ".join(f"{key}: {inline_yaml(now[key])}" for key in changed),
+            fix=f"resume with deadpan train {run / 'recipe.yaml'} --resume, or start a new run",
+        )
+    return existing[-1], recipe
+
+
+def leaves(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's values by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in recipe.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            found |= {f"{key}.{inner}": leaf for inner, leaf in value.items()}
+        else:
+            found[key] = value
+    return found
+
+
+class RunLog:
+    """What a run writes beside its checkpoints: recipe, environment, metrics, and what it said.
+
+    What was logged after the checkpoint resumed from is dropped: those steps are done again.
+
+    Args:
+        run: The run folder.
+        recipe: The resolved recipe.
+        position: Where the run begins or goes on.
+
+    Raises:
+        DeadpanError: If the folder cannot be written.
+    """
+
+    def __init__(self, run: Path, recipe: Recipe, position: state.Position) -> None:
+        metrics, jokes = run / "metrics.jsonl", run / "jokes.jsonl"
+        evaluated = position.evaluations.step
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            state.write_whole(run / "recipe.yaml", dump_recipe(recipe))
+            environment = json.dumps(describe(), ensure_ascii=False, indent=2)
+            state.write_whole(run / "environment.json", environment + "\n")
+            kept = [
+                line
+                for line in _lines(metrics)
+                if line["step"] <= (evaluated if "eval_loss" in line else position.step)
+            ]
+            state.write_whole(metrics, "".join(map(_line, kept)))
+            if jokes.exists():
+                told = [line for line in _lines(jokes) if line["step"] <= evaluated]
+                state.write_whole(jokes, "".join(map(_line, told)))
+        except OSError as error:
+            raise DeadpanError(f"The run folder cannot be written: {error}.", where=run) from None
+        steps = [line for line in kept if "loss" in line]
+        self.last_step: dict[str, Any] | None = steps[-1] if steps else None
+        """The metrics of the last step before the first one to come."""
+        self._jokes = jokes
+        self._others: list[Callable[[dict[str, Any]], None]] = []
+        self._metrics = metrics.open("a", encoding="utf-8")
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._metrics.close()
+
+    def also(self, write: Callable[[dict[str, Any]], None]) -> None:
+        """Hand what is logged to another writer too."""
+        self._others.append(write)
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Log the metrics of a step or of an evaluation."""
+        self._metrics.write(_line(metrics))
+        self._metrics.flush()
+        for other in self._others:
+            other(metrics)
+
+    def tell(self, step: int, jokes: tuple[Answer, ...]) -> None:
+        """Log what the model said about the probe pictures."""
+        with self._jokes.open("a", encoding="utf-8") as file:
+            for joke in jokes:
+                said = {"picture": joke.picture, "prompt": joke.question, "answer": joke.text}
+                file.write(_line({"step": step, **said}))
+
+
+def _line(values: dict[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+def _lines(log: Path) -> list[dict[str, Any]]:
+    """The lines of a log; a half-written last one, left by a crash, is passed over."""
+    lines: list[dict[str, Any]] = []
+    if log.exists():
+        for text in log.read_text(encoding="utf-8").split("\n"):
+            # Not splitlines, which would also cut at U+2028, as a joke may hold it.
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+    return lines
