@@ -6,7 +6,6 @@ step is a short one that ends an epoch.
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -116,10 +115,42 @@ def test_a_damaged_checkpoint_is_refused_and_the_advice_leads_back_to_the_same_r
     with pytest.raises(DeadpanError) as caught:
         train(recipe, resume=True)
     assert caught.value.where == str(tmp_path / "run" / "checkpoints" / "step-000004" / "state.pt")
-    assert caught.value.fix == "remove the folder and resume from step-000003"
-    shutil.rmtree(damaged)
-    train(recipe, resume=True)
+    assert caught.value.fix == (
+        f"deadpan train {tmp_path / 'run' / 'recipe.yaml'} --resume-from step-000003 "
+        "goes on from the newest whole checkpoint and deletes none"
+    )
+    assert damaged.is_dir()
+    train(recipe, resume="step-000003")
     assert_same(tmp_path / "run", uninterrupted)
+    assert (tmp_path / "run" / "checkpoints" / "step-000004.aside" / "state.pt").exists()
+
+
+def test_a_run_goes_back_to_an_older_checkpoint_and_keeps_the_newer_ones_aside(
+    uninterrupted: Path, make: MakeRecipe, tmp_path: Path
+) -> None:
+    # One checkpoint is kept: were the newer ones still in the way, it would be theirs.
+    settings = {**SETTINGS, "save_every_steps": 1}
+    run = tmp_path / "run"
+    train(make(run, keep_checkpoints=9, **settings))
+    for again in range(2):
+        assert train(make(run, keep_checkpoints=9, **settings), resume="2").steps == LAST
+        assert len(list((run / "checkpoints").glob("*.aside*"))) == 4 * (again + 1)
+        assert_same(run, uninterrupted)
+    train(make(run, keep_checkpoints=1, **settings), resume="step-000003", watcher=SignalAfter(4))
+    assert [path.name for path in state.checkpoints(run)] == ["step-000004"]
+    assert (run / "latest").resolve().name == "step-000004"
+    aside = sorted(path.name for path in (run / "checkpoints").glob("*.aside*"))
+    endings = {3: 2, 4: 3, 5: 3, 6: 3}
+    assert aside == [
+        f"step-00000{step}.aside" + (f"-{n}" if n > 1 else "")
+        for step, count in endings.items()
+        for n in range(1, count + 1)
+    ]
+    train(make(run, **settings), resume=True)
+    assert_same(run, uninterrupted)
+    with pytest.raises(DeadpanError, match=r"There is no checkpoint step-000099\.") as caught:
+        train(make(run, **settings), resume="99")
+    assert caught.value.found == "step-000004, step-000005, step-000006"
 
 
 def test_a_moved_run_folder_resumes(
