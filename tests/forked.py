@@ -32,6 +32,8 @@ def fork(work: Callable[[], int | None], output: Path) -> int:
         os.dup2(file, 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         code = work() or 0
+    except SystemExit as leave:
+        code = leave.code if isinstance(leave.code, int) else 0
     except BaseException:
         traceback.print_exc()
     finally:

@@ -55,7 +55,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        # A checkpoint that was read may still be mapped into memory, so not before it is let go.
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def enlarge(disk: Path) -> None:
@@ -72,9 +73,9 @@ def fill(disk: Path, leave: int) -> Path:
 
 
 class FillAfter(Watcher):
-    """Fills a disk up after a step, or before the first one."""
+    """Fills a disk up to some pages after a step, or before the first one."""
 
-    def __init__(self, disk: Path, step: int, leave: int = 0) -> None:
+    def __init__(self, disk: Path, step: int, leave: int) -> None:
         self._disk, self._step, self._leave = disk, step, leave
 
     def starting(self, *_: object) -> None:
@@ -125,20 +126,19 @@ def test_the_disk_is_full_wherever_a_save_has_come_to(make: MakeRecipe, disk: Pa
     pages = sum(-(-path.stat().st_size // PAGE) for path in files)
     causes = set()
     for leave in range(0, pages, max(1, pages // 12)):
-        error = stopped(recipe, bool(leave), FillAfter(disk, 1 if not leave else 2, leave))
+        error = stopped(recipe, bool(leave), FillAfter(disk, 2, leave))
         causes.add(error.what)
-        assert error.what.startswith("The checkpoint of step 2 could not be written: ")
         assert [path.name for path in state.checkpoints(disk / "run")] == ["step-000001"]
         state.verify(disk / "run" / "latest")
         (disk / "filler").unlink()
-    # PyTorch's, safetensors', tokenizers' and Python's own words for it.
-    assert len(causes) >= 3
+    said = "The checkpoint of step 2 could not be written: "
+    assert causes == {f"{said}No space left on device.", f"{said}the disk is full."}
     assert train(recipe, resume=True).steps == 2
 
 
 def test_a_log_that_fills_the_disk(make: MakeRecipe, disk: Path, whole: Path) -> None:
     recipe = recipe_of(make, disk / "run", save_every_steps=STEPS)
-    error = stopped(recipe, watcher=FillAfter(disk, 0))
+    error = stopped(recipe, watcher=FillAfter(disk, 0, leave=1))
     assert error.what == "The run folder cannot be written: No space left on device."
     assert error.found == "0.0 MiB free"
     assert error.fix == "free some space, or choose another folder with run=runs/NAME"
@@ -182,6 +182,8 @@ def any_size() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+# TensorBoard writes in a thread of its own, which tells its error a second time as it dies.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize("trackers", [[], ["tensorboard"]])
 def test_metrics_that_cannot_be_written_end_the_run(
@@ -195,7 +197,9 @@ def test_metrics_that_cannot_be_written_end_the_run(
     error = stopped(recipe, watcher=LimitFiles(600))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert error.what == "The run folder cannot be written: File too large."
-    assert len((tmp_path / "run" / "metrics.jsonl").read_bytes()) == 600
+    log = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    # TensorBoard's file, with more in it, is full earlier.
+    assert 0 < len(log) < 600 if trackers else len(log) == 600
     assert_goes_on(recipe, whole)
 
 

@@ -387,7 +387,7 @@ def cannot_be_written(run: Run) -> None:
     assert error.what.startswith("The checkpoint of step 2 could not be written: ")
     assert error.where == str(run.folder / "checkpoints" / "step-000002")
     assert error.found is not None
-    assert error.found.endswith(" GiB free")
+    assert error.found.endswith(" MiB free")
     assert error.fix is not None
     assert error.fix.endswith("recipe.yaml --resume; step-000001 is intact")
     assert run.names == ["step-000001"]

@@ -67,11 +67,11 @@ def test_the_second_signal_does_not_wait_for_the_step(
     tmp_path: Path,
     number: signal.Signals,
 ) -> None:
-    # Nothing gets done after the second step, so only an interruption can end it.
+    # After the second step nothing is done for a minute, so only an interruption can end it.
     forever = threading.Event()
     monkeypatch.setattr(
         "deadpan.train.watcher.ProgressWatcher.stepped",
-        lambda _, metrics: forever.wait() if metrics["step"] == 2 else None,
+        lambda _, metrics: forever.wait(60) if metrics["step"] == 2 else None,
     )
     process = begin(command, tmp_path / "output.txt")
     os.kill(process, number)

@@ -214,6 +214,7 @@ class Trainer:
             stop_signal() as stop,
         ):
             log.also(tracked.write)
+            self.watcher.set_aside(log.set_aside)
             metrics = log.last_step or {"loss": math.nan}
             self.watcher.starting(self.plan, self.position.step, self.survey, len(self.held_out))
             # It was stopped before, or in, an evaluation.

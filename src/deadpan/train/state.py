@@ -39,6 +39,7 @@ _STATE_TENSORS, _STATE = "state.pt", "state.json"
 _NEEDED = {"adapter_config.json", lora.ADAPTER_FILE, POLICY_FILE, _STATE_TENSORS, _STATE}
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 """What file systems without symbolic links answer."""
+_NEXT_TO_NOTHING = 2**20
 _NAME = re.compile(r"step-(\d{6,})")
 _OLD = ".old.tmp"
 
@@ -199,6 +200,7 @@ def save(
         point(run / "latest", final)
         best = point_best(run, position)
     except Exception as error:
+        free = shutil.disk_usage(run).free
         shutil.rmtree(temporary, ignore_errors=True)
         # A full disk is an OSError, in PyTorch's zip writer a RuntimeError, in safetensors its own
         # error, and in tokenizers an Exception without a class. Anything else is a bug: raise it.
@@ -208,10 +210,14 @@ def save(
         ):
             raise
         before = checkpoints(run)
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        # "unexpected pos 138688 vs 138580", says PyTorch.
+        full = free < _NEXT_TO_NOTHING and not isinstance(error, OSError)
         raise DeadpanError(
-            f"The checkpoint of step {position.step} could not be written: {error}",
+            f"The checkpoint of step {position.step} could not be written: "
+            f"{'the disk is full' if full else reason}.",
             where=final,
-            found=f"{shutil.disk_usage(run).free / 2**30:.2f} GiB free",
+            found=f"{free / 2**20:.1f} MiB free",
             fix=f"free some space, then {resume_command(run)}; "
             + (f"{before[-1].name} is intact" if before else "there is no earlier checkpoint"),
         ) from None
