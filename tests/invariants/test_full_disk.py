@@ -28,7 +28,11 @@ def make(tiny: Path, records: Path) -> MakeRecipe:
 
 
 def recipe_of(make: MakeRecipe, run: Path, **changes: Any) -> Recipe:
-    settings = {"lora": {"lora_dropout": 0.05}, "max_steps": STEPS, "epochs": STEPS}
+    settings: dict[str, Any] = {
+        "lora": {"lora_dropout": 0.05},
+        "max_steps": STEPS,
+        "epochs": STEPS,
+    }
     return make(run, **{**settings, "micro_batch_size": 1, "keep_checkpoints": STEPS, **changes})
 
 

@@ -198,7 +198,8 @@ def test_a_checkpoint_struck_down_while_it_is_replaced_is_given_back(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run.save(1)
-    rename, renamed = Path.rename, []
+    rename = Path.rename
+    renamed: list[Path] = []
 
     def only_one(path: Path, target: Path) -> Path:
         if renamed:

@@ -233,9 +233,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_records(
             assert torch.equal(parameter, saved[key])
 
 
-def overflow(
-    monkeypatch: pytest.MonkeyPatch, trainer: Trainer, guilty: int, what: str
-) -> None:
+def overflow(monkeypatch: pytest.MonkeyPatch, trainer: Trainer, guilty: int, what: str) -> None:
     """Let the loss, or only its gradient, of one record overflow wherever the record appears."""
     ids = trainer.processor.record(trainer.survey.records[guilty]).input_ids
     needle = torch.tensor(ids)
