@@ -175,7 +175,7 @@ class LimitFiles(Watcher):
         self._size = size
 
     def starting(self, *_: object) -> None:
-        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (self._size, most))
 
 
