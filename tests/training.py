@@ -41,7 +41,7 @@ def recipes(tiny: Path, records: Path) -> MakeRecipe:
     return make
 
 
-def train(recipe: Recipe, resume: bool = False, watcher: Watcher | None = None) -> Result:
+def train(recipe: Recipe, resume: bool | str = False, watcher: Watcher | None = None) -> Result:
     return Trainer(recipe, resume, watcher or Watcher()).train()
 
 

@@ -6,21 +6,19 @@ step is a short one that ends an epoch.
 
 import json
 import os
-import shutil
-import signal
-import subprocess
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from deadpan.config.loader import dump_recipe
+from deadpan.cli import main
 from deadpan.config.schema import Recipe
 from deadpan.errors import DeadpanError
 from deadpan.train import state
 from deadpan.train.watcher import Watcher
+from forked import fork
 from training import MakeRecipe, SignalAfter, course, identical, recipes, result_of, train
 
 LAST = 6
@@ -116,10 +114,52 @@ def test_a_damaged_checkpoint_is_refused_and_the_advice_leads_back_to_the_same_r
     with pytest.raises(DeadpanError) as caught:
         train(recipe, resume=True)
     assert caught.value.where == str(tmp_path / "run" / "checkpoints" / "step-000004" / "state.pt")
-    assert caught.value.fix == "remove the folder and resume from step-000003"
-    shutil.rmtree(damaged)
-    train(recipe, resume=True)
+    assert caught.value.fix == (
+        f"deadpan train {tmp_path / 'run' / 'recipe.yaml'} --resume-from step-000003 "
+        "goes on from the newest whole checkpoint and deletes none"
+    )
+    assert damaged.is_dir()
+    command, _ = caught.value.fix.split(" goes on ")
+
+    def as_advised() -> None:
+        sys.argv = shlex.split(command)
+        main.run()
+
+    _, status = os.waitpid(fork(as_advised, tmp_path / "output.txt"), 0)
+    output = (tmp_path / "output.txt").read_text()
+    assert status == 0, output
+    assert f"set aside, remove it when you like: {damaged}.aside" in output
+    assert "resuming after step 3" in output
     assert_same(tmp_path / "run", uninterrupted)
+    assert (tmp_path / "run" / "checkpoints" / "step-000004.aside" / "state.pt").exists()
+
+
+def test_a_run_goes_back_to_an_older_checkpoint_and_keeps_the_newer_ones_aside(
+    uninterrupted: Path, make: MakeRecipe, tmp_path: Path
+) -> None:
+    # One checkpoint is kept: were the newer ones still in the way, it would be theirs.
+    settings = {**SETTINGS, "save_every_steps": 1}
+    run = tmp_path / "run"
+    train(make(run, keep_checkpoints=9, **settings))
+    for again in range(2):
+        assert train(make(run, keep_checkpoints=9, **settings), resume="2").steps == LAST
+        assert len(list((run / "checkpoints").glob("*.aside*"))) == 4 * (again + 1)
+        assert_same(run, uninterrupted)
+    train(make(run, keep_checkpoints=1, **settings), resume="step-000003", watcher=SignalAfter(4))
+    assert [path.name for path in state.checkpoints(run)] == ["step-000004"]
+    assert (run / "latest").resolve().name == "step-000004"
+    aside = sorted(path.name for path in (run / "checkpoints").glob("*.aside*"))
+    endings = {3: 2, 4: 3, 5: 3, 6: 3}
+    assert aside == [
+        f"step-00000{step}.aside" + (f"-{n}" if n > 1 else "")
+        for step, count in endings.items()
+        for n in range(1, count + 1)
+    ]
+    train(make(run, **settings), resume=True)
+    assert_same(run, uninterrupted)
+    with pytest.raises(DeadpanError, match=r"There is no checkpoint step-000099\.") as caught:
+        train(make(run, **settings), resume="99")
+    assert caught.value.found == "step-000004, step-000005, step-000006"
 
 
 def test_a_moved_run_folder_resumes(
@@ -170,36 +210,3 @@ def test_the_random_numbers_are_part_of_it(
     assert course(Path(recipe.run))[:2] == course(uninterrupted)[:2]
     losses = zip(course(Path(recipe.run))[2:], course(uninterrupted)[2:], strict=True)
     assert all(one[1] != other[1] for one, other in losses)
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_a_run_resumes_from_a_whole_checkpoint(
-    make: MakeRecipe, tmp_path: Path
-) -> None:
-    settings = {**SETTINGS, "epochs": 20, "keep_checkpoints": 2}
-    whole, run = tmp_path / "whole", tmp_path / "killed"
-    train(make(whole, **settings))
-    recipe = make(run, save_every_steps=1, **settings)
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-
-    process = subprocess.Popen(
-        [Path(sys.executable).with_name("deadpan"), "train", tmp_path / "recipe.yaml"],
-        # Sums are split among threads: another number of them would be another run.
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        stderr=subprocess.DEVNULL,
-    )
-    second = run / "checkpoints" / "step-000002"
-    while not second.exists():
-        with pytest.raises(subprocess.TimeoutExpired):  # it must not end by itself
-            process.wait(0.01)
-    # It saves all the time, so this strikes anywhere: in a step, in a save, in a removal.
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-
-    left = state.checkpoints(run)
-    for checkpoint in [*left, (run / "latest").resolve()]:
-        state.verify(checkpoint)
-    assert 2 <= int(left[-1].name.removeprefix("step-")) < 40
-    assert train(recipe, resume=True).steps == 40
-    assert_same(run, whole)
-    assert not list((run / "checkpoints").glob(".*"))

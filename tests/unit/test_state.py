@@ -163,7 +163,10 @@ def test_damage_to_any_file_is_named_and_the_other_checkpoint_offered(
         assert error.expected is not None
         assert error.expected.startswith(f"{len(content)} bytes, SHA-256 ")
         assert (error.found == "no such file") is (damage is Path.unlink)
-        assert error.fix == "remove the folder and resume from step-000001"
+        assert error.fix == (
+            f"deadpan train {run.folder / 'recipe.yaml'} --resume-from step-000001 "
+            "goes on from the newest whole checkpoint and deletes none"
+        )
     state.verify(checkpoint)
 
 
@@ -178,7 +181,41 @@ def test_without_a_manifest_a_checkpoint_is_refused(
     error = refused(checkpoint)
     assert error.what == "The checkpoint's manifest is damaged."
     assert error.where == str(checkpoint / "manifest.json")
-    assert error.fix == "remove the folder and start again"  # there is no other
+    assert error.fix == "no other checkpoint is whole: start a new run with run=runs/NAME"
+
+
+def test_the_newest_whole_checkpoint_is_offered(run: Run) -> None:
+    for step in (1, 2, 3, 4):
+        run.save(step, keep=9)
+    for step in (1, 3, 4):
+        flip(run.folder / "checkpoints" / f"step-00000{step}" / "state.pt")
+    error = refused(run.folder / "checkpoints" / "step-000004")
+    assert error.fix is not None
+    assert "--resume-from step-000002 " in error.fix
+
+
+def test_a_checkpoint_struck_down_while_it_is_replaced_is_given_back(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.save(1)
+    rename = Path.rename
+    renamed: list[Path] = []
+
+    def only_one(path: Path, target: Path) -> Path:
+        if renamed:
+            raise Killed
+        renamed.append(path)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", only_one)
+    with pytest.raises(Killed):
+        run.save(1)
+    monkeypatch.undo()
+    assert state.checkpoints(run.folder) == []
+    state.recover(run.folder)
+    (given_back,) = state.checkpoints(run.folder)
+    assert given_back.name == "step-000001"
+    state.verify(given_back)
 
 
 @pytest.mark.parametrize("bit", [0x01, 0x80])
@@ -351,9 +388,9 @@ def cannot_be_written(run: Run) -> None:
     assert error.what.startswith("The checkpoint of step 2 could not be written: ")
     assert error.where == str(run.folder / "checkpoints" / "step-000002")
     assert error.found is not None
-    assert error.found.endswith(" GiB free")
+    assert error.found.endswith(" MiB free")
     assert error.fix is not None
-    assert error.fix.endswith("--resume; step-000001 is intact")
+    assert error.fix.endswith("recipe.yaml --resume; step-000001 is intact")
     assert run.names == ["step-000001"]
     state.verify(run.folder / "latest")
 

@@ -18,7 +18,9 @@ from deadpan.config.loader import load_recipe
 from deadpan.environment import versions
 from deadpan.errors import DeadpanError
 from deadpan.models.answer_loss import AnswerLoss
+from deadpan.train import state
 from deadpan.train.loop import Trainer
+from deadpan.train.rehearsal import Rehearsal
 from deadpan.train.watcher import Watcher
 from training import MakeRecipe, SignalAfter, course, identical, logged, recipes, result_of, train
 
@@ -219,7 +221,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_records(
     assert len(names) == 2
     assert caught.value.what == "The loss or its gradient is no longer finite at step 2."
     assert caught.value.where == "; ".join(names)
-    assert caught.value.found == "loss nan, gradient norm nan"
+    assert caught.value.found == (
+        "loss nan, gradient norm nan; each of these records is finite by itself"
+    )
     assert [line["step"] for line in logged(tmp_path / "run")] == [1]
     # The spoilt gradient reached no weight: they are still those of the first checkpoint.
     saved = load_file(tmp_path / "run" / "latest" / "adapter_model.safetensors")
@@ -227,6 +231,98 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_records(
         if parameter.requires_grad:
             key = name.replace(".modules_to_save", "").replace(".default", "")
             assert torch.equal(parameter, saved[key])
+
+
+def overflow(monkeypatch: pytest.MonkeyPatch, trainer: Trainer, guilty: int, what: str) -> None:
+    """Let the loss, or only its gradient, of one record overflow wherever the record appears."""
+    ids = trainer.processor.record(trainer.survey.records[guilty]).input_ids
+    needle = torch.tensor(ids)
+    forward = AnswerLoss.forward
+
+    def poisoned(self: AnswerLoss, input_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        loss = forward(self, input_ids, *rest)
+        rows = [row[: len(ids)] for row in input_ids]
+        if not any(torch.equal(row, needle) for row in rows):
+            return loss
+        if what == "loss":
+            return loss * 1e38 * 1e38
+        # Zero at zero, and steeper there than a float can say.
+        return loss + (loss - loss.detach()).abs().sqrt()
+
+    monkeypatch.setattr(AnswerLoss, "forward", poisoned)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+def test_the_one_record_that_is_not_finite_is_found_and_kept_to_look_at(
+    make: MakeRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+    micro_batch_size: int,
+) -> None:
+    run = tmp_path / "run"
+    recipe = make(
+        run,
+        micro_batch_size=micro_batch_size,
+        gradient_accumulation_steps=4 // micro_batch_size,
+    )
+    trainer = Trainer(recipe, False, Watcher())
+    overflow(monkeypatch, trainer, 2, what)
+    stepped = []
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: stepped.append(1))
+    with pytest.raises(DeadpanError) as caught:
+        trainer.train()
+    assert stepped == []
+    assert caught.value.where == trainer.survey.records[2].name
+    assert caught.value.where.endswith("(id 'r2')")
+    assert "of the step's 4 records these alone" in str(caught.value.found)
+    assert str(run / "nonfinite.json") in str(caught.value.fix)
+
+    def strict(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    report = json.loads((run / "nonfinite.json").read_text(), parse_constant=strict)
+    assert report["step"] == 1
+    assert report["grad_norm"] in ("inf", "nan")
+    by_id = {record["id"]: record for record in report["records"]}
+    assert sorted(by_id) == ["r0", "r1", "r2", "r3"]
+    assert [name for name, record in by_id.items() if not record["finite"]] == ["r2"]
+    assert by_id["r2"]["grad_norm"] in ("inf", "nan")
+    assert (by_id["r2"]["loss"] == "inf") is (what == "loss")
+    assert by_id["r2"]["images"] == ["picture-2.png"]
+    assert by_id["r2"]["turns"][-1] == ["gpt", "一只猫。"]
+    assert all(record["loss"] > 1 for name, record in by_id.items() if name != "r2")
+
+
+def test_weights_that_have_run_away_are_told_from_a_bad_record(
+    make: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe = make(
+        tmp_path / "run",
+        micro_batch_size=4,
+        gradient_accumulation_steps=1,
+        epochs=9,
+        save_every_steps=1,
+        optimizer={"lr": 1e30},
+        schedule={"warmup_ratio": 0.0},
+    )
+    error = refused(recipe)
+    assert "the weights have run away" in str(error.found)
+    assert str(error.where).count("record") >= 4
+    assert "is intact" in str(error.fix)
+    state.verify(tmp_path / "run" / "latest")
+
+
+def test_a_rehearsal_that_is_not_finite_writes_nothing(
+    make: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(make(tmp_path / "run"), False, Watcher(), dry_run=True)
+    for record in range(4):
+        overflow(monkeypatch, trainer, record, "loss")
+    with pytest.raises(DeadpanError, match="no longer finite"):
+        Rehearsal(trainer).forecast()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -22,6 +22,15 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run folder.")
     ] = False,
+    resume_from: Annotated[
+        str | None,
+        typer.Option(
+            "--resume-from",
+            metavar="CHECKPOINT",
+            help="Go on from an older checkpoint, such as step-000200. Newer ones are renamed "
+            "step-NNNNNN.aside; none is deleted.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -53,17 +62,18 @@ def train(
 
     from deadpan.config.loader import load_recipe
     from deadpan.train.loop import Trainer
+    from deadpan.train.state import resume_command
     from deadpan.train.watcher import ProgressWatcher
 
     resolved = load_recipe(recipe, overrides or ())
     if dry_run:
-        _print_forecast(resolved, resume, as_json)
+        _print_forecast(resolved, resume_from or resume, as_json)
         return
     with ProgressWatcher(Console(stderr=True)) as watcher:
-        result = Trainer(resolved, resume, watcher).train()
+        result = Trainer(resolved, resume_from or resume, watcher).train()
     if result.interrupted:
         typer.echo(f"stopped after step {result.steps}; saved {result.checkpoint}")
-        typer.echo(f"go on with: deadpan train {result.run / 'recipe.yaml'} --resume")
+        typer.echo(f"go on with: {resume_command(result.run)}")
         raise typer.Exit(130)
     ended = "stopped early" if result.stopped_early else "done"
     typer.echo(
@@ -75,7 +85,7 @@ def train(
     typer.echo(f"hear it: deadpan tell {result.run} PICTURE")
 
 
-def _print_forecast(recipe: "Recipe", resume: bool, as_json: bool) -> None:
+def _print_forecast(recipe: "Recipe", resume: bool | str, as_json: bool) -> None:
     import json
 
     from rich.console import Console

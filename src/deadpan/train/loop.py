@@ -30,7 +30,7 @@ from deadpan.models.answer_loss import AnswerLoss
 from deadpan.models.attention import kernels
 from deadpan.processing.collate import Batch
 from deadpan.processing.processor import load_processor
-from deadpan.train import evaluation, memory, optimizers, state, trackers
+from deadpan.train import evaluation, memory, nonfinite, optimizers, state, trackers
 from deadpan.train.loader import MicroBatches, batches, worker_count
 from deadpan.train.model import build
 from deadpan.train.plan import MicroBatch, Plan
@@ -76,7 +76,7 @@ class Trainer:
 
     Args:
         recipe: What to do.
-        resume: Go on from the run folder's newest checkpoint.
+        resume: Go on from the run folder's newest checkpoint, or from the one named here.
         watcher: Is told what happens.
         dry_run: No run will follow, so one that is in the folder is not in the way.
 
@@ -85,7 +85,7 @@ class Trainer:
     """
 
     def __init__(
-        self, recipe: Recipe, resume: bool, watcher: Watcher, dry_run: bool = False
+        self, recipe: Recipe, resume: bool | str, watcher: Watcher, dry_run: bool = False
     ) -> None:
         self.watcher = watcher
         self.run = Path(recipe.run)
@@ -214,13 +214,13 @@ class Trainer:
             stop_signal() as stop,
         ):
             log.also(tracked.write)
-            state.point_best(self.run, self.position)
+            self.watcher.set_aside(log.set_aside)
             metrics = log.last_step or {"loss": math.nan}
             self.watcher.starting(self.plan, self.position.step, self.survey, len(self.held_out))
             # It was stopped before, or in, an evaluation.
             if self._is_due() and self._evaluate(log, stop) is not None:
                 saved = self._save()
-            for metrics in () if self._is_over() else self.steps():
+            for metrics in () if self._is_over() else nonfinite.kept(self.steps(), self.run):
                 step = metrics["step"]
                 if step % recipe.log_every_steps == 0 or step == self.plan.steps:
                     log.write(metrics)
@@ -357,12 +357,12 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.recipe.optimizer.max_grad_norm)
         mean = (total / supervised).item()
         if not (math.isfinite(mean) and math.isfinite(norm.item())):
-            raise DeadpanError(
-                f"The loss or its gradient is no longer finite at step {step[0][0].step}.",
-                where="; ".join(name for _, batch in step for name in batch.names),
-                found=f"loss {mean}, gradient norm {norm.item()}",
-                fix="look at these records, lower optimizer.lr, or set precision=fp32"
-                + ("; the last checkpoint is intact" if state.checkpoints(self.run) else ""),
+            records = [self.survey.records[i] for part, _ in step for i in part.indices]
+            raise nonfinite.NotFinite(
+                step[0][0].step,
+                mean,
+                norm.item(),
+                nonfinite.one_by_one(self.model, self.processor, records, self.device, self.dtype),
             )
         rates = {
             "lr": self.scheduler.get_last_lr()[0],

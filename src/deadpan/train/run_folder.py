@@ -1,7 +1,10 @@
 """A run's folder: whether it may be written, and what a run logs there."""
 
+import errno
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,16 +23,23 @@ _MAY_CHANGE = {
 """Recipe keys that a resumed run may have otherwise than before; so may all of `evaluation`."""
 _CUTS_A_STEP = {"micro_batch_size", "gradient_accumulation_steps", "samples_per_step"}
 """Recipe keys that a resumed run may have otherwise as long as a step has as many samples."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def open_run(run: Path, recipe: Recipe, resume: bool) -> tuple[Path | None, Recipe]:
+def open_run(run: Path, recipe: Recipe, resume: bool | str) -> tuple[Path | None, Recipe]:
     """The checkpoint to resume from, or None for a fresh run; and the recipe.
 
     A resumed run whose recipe says micro_batch_size: auto goes on with the size that was chosen at first.
 
+    Args:
+        run: The run folder.
+        recipe: What is to be trained.
+        resume: Whether to go on with the run, from its newest checkpoint or from the one that is named.
+
     Raises:
         DeadpanError: If a fresh run would overwrite one, or there is nothing to resume, or another recipe was trained.
     """
+    state.recover(run)
     existing = state.checkpoints(run)
     if not resume:
         if existing:
@@ -44,7 +54,8 @@ def open_run(run: Path, recipe: Recipe, resume: bool) -> tuple[Path | None, Reci
         raise DeadpanError(
             "There is no checkpoint to resume from.", where=run, fix="leave out --resume to start"
         )
-    state.verify(existing[-1])
+    checkpoint = state.named(run, resume) if isinstance(resume, str) else existing[-1]
+    state.verify(checkpoint)
     started = load_recipe(run / "recipe.yaml")
     may_change = set(_MAY_CHANGE)
     if recipe.effective_batch_size == started.effective_batch_size:
@@ -63,9 +74,9 @@ def open_run(run: Path, recipe: Recipe, resume: bool) -> tuple[Path | None, Reci
             where=run / "recipe.yaml",
             expected="; ".join(f"{key}: {inline_yaml(before[key])}" for key in changed),
             found="; ".join(f"{key}: {inline_yaml(now[key])}" for key in changed),
-            fix=f"resume with deadpan train {run / 'recipe.yaml'} --resume, or start a new run",
+            fix=f"resume with {state.resume_command(run)}, or start a new run",
         )
-    return existing[-1], recipe
+    return checkpoint, recipe
 
 
 def leaves(recipe: Recipe) -> dict[str, Any]:
@@ -79,10 +90,36 @@ def leaves(recipe: Recipe) -> dict[str, Any]:
     return found
 
 
+@contextmanager
+def writing(run: Path, only_full: bool = False) -> Iterator[None]:
+    """Turn what the system says when a file cannot be written into one message.
+
+    Args:
+        run: The run folder.
+        only_full: Leave any other error than a full disk alone: one of the network is an OSError too.
+    """
+    try:
+        yield
+    except OSError as error:
+        if only_full and error.errno not in _FULL:
+            raise
+        # A failure may name the temporary file, and that of an open file names none.
+        saved = state.checkpoints(run) if run.is_dir() else []
+        raise DeadpanError(
+            f"The run folder cannot be written: {error.strerror or error}.",
+            where=error.filename or run,
+            found=f"{shutil.disk_usage(run).free / 2**20:.1f} MiB free" if run.is_dir() else None,
+            fix=f"free some space, then {state.resume_command(run)}; {saved[-1].name} is intact"
+            if saved
+            else "free some space, or choose another folder with run=runs/NAME",
+        ) from None
+
+
 class RunLog:
     """What a run writes beside its checkpoints: recipe, environment, metrics, and what it said.
 
-    What was logged after the checkpoint resumed from is dropped: those steps are done again.
+    What was logged after the checkpoint resumed from is dropped: those steps are done again. Newer
+    checkpoints, if an older one was asked for, are set aside.
 
     Args:
         run: The run folder.
@@ -90,14 +127,19 @@ class RunLog:
         position: Where the run begins or goes on.
 
     Raises:
-        DeadpanError: If the folder cannot be written.
+        DeadpanError: If the folder cannot be written; so do the methods.
+
+    Attributes:
+        set_aside: The checkpoints that were.
     """
 
     def __init__(self, run: Path, recipe: Recipe, position: state.Position) -> None:
         metrics, jokes = run / "metrics.jsonl", run / "jokes.jsonl"
         evaluated = position.evaluations.step
-        try:
+        with writing(run):
             run.mkdir(parents=True, exist_ok=True)
+            self.set_aside = state.set_aside(run, position.step)
+            state.point_best(run, position)
             state.write_whole(run / "recipe.yaml", dump_recipe(recipe))
             environment = json.dumps(describe(), ensure_ascii=False, indent=2)
             state.write_whole(run / "environment.json", environment + "\n")
@@ -110,14 +152,12 @@ class RunLog:
             if jokes.exists():
                 told = [line for line in _lines(jokes) if line["step"] <= evaluated]
                 state.write_whole(jokes, "".join(map(_line, told)))
-        except OSError as error:
-            raise DeadpanError(f"The run folder cannot be written: {error}.", where=run) from None
+            self._metrics = metrics.open("a", encoding="utf-8")
         steps = [line for line in kept if "loss" in line]
         self.last_step: dict[str, Any] | None = steps[-1] if steps else None
         """The metrics of the last step before the first one to come."""
-        self._jokes = jokes
+        self._run, self._jokes = run, jokes
         self._others: list[Callable[[dict[str, Any]], None]] = []
-        self._metrics = metrics.open("a", encoding="utf-8")
 
     def __enter__(self) -> "RunLog":
         return self
@@ -128,7 +168,13 @@ class RunLog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._metrics.close()
+        try:
+            with writing(self._run):
+                self._metrics.close()
+        except DeadpanError:
+            # It tries once more to write what it could not; that has been told already.
+            if error is None:
+                raise
 
     def also(self, write: Callable[[dict[str, Any]], None]) -> None:
         """Hand what is logged to another writer too."""
@@ -136,14 +182,15 @@ class RunLog:
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Log the metrics of a step or of an evaluation."""
-        self._metrics.write(_line(metrics))
-        self._metrics.flush()
+        with writing(self._run):
+            self._metrics.write(_line(metrics))
+            self._metrics.flush()
         for other in self._others:
             other(metrics)
 
     def tell(self, step: int, jokes: tuple[Answer, ...]) -> None:
         """Log what the model said about the probe pictures."""
-        with self._jokes.open("a", encoding="utf-8") as file:
+        with writing(self._run), self._jokes.open("a", encoding="utf-8") as file:
             for joke in jokes:
                 said = {"picture": joke.picture, "prompt": joke.question, "answer": joke.text}
                 file.write(_line({"step": step, **said}))

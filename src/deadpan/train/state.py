@@ -9,10 +9,12 @@ what only resuming needs.
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import random
 import re
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -37,7 +39,9 @@ _STATE_TENSORS, _STATE = "state.pt", "state.json"
 _NEEDED = {"adapter_config.json", lora.ADAPTER_FILE, POLICY_FILE, _STATE_TENSORS, _STATE}
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 """What file systems without symbolic links answer."""
+_NEXT_TO_NOTHING = 2**20
 _NAME = re.compile(r"step-(\d{6,})")
+_OLD = ".old.tmp"
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,65 @@ def checkpoints(run: Path) -> list[Path]:
     found = folder.iterdir() if folder.is_dir() else []
     return sorted(
         (path for path in found if _NAME.fullmatch(path.name)),
-        key=lambda path: int(path.name.removeprefix("step-")),
+        key=_step,
     )
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def recover(run: Path) -> None:
+    """Give back its name to a checkpoint that was being replaced when the run was struck down."""
+    for old in (run / "checkpoints").glob(f".step-*{_OLD}"):
+        final = old.with_name(old.name.removeprefix(".").removesuffix(_OLD))
+        if not final.exists():
+            old.rename(final)
+
+
+def named(run: Path, name: str) -> Path:
+    """The checkpoint that is called `step-000200`, or `200`.
+
+    Raises:
+        DeadpanError: If the run has none of that name.
+    """
+    found = checkpoints(run)
+    wanted = f"step-{int(name):06d}" if name.isdecimal() else name
+    for checkpoint in found:
+        if checkpoint.name == wanted:
+            return checkpoint
+    raise DeadpanError(
+        f"There is no checkpoint {wanted}.",
+        where=run / "checkpoints",
+        found=", ".join(checkpoint.name for checkpoint in found),
+    )
+
+
+def set_aside(run: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after a step, from which the run is to go on, out of its way.
+
+    They would pass for the newest ones otherwise, and the next new one for the oldest.
+
+    Returns:
+        Where they are now.
+    """
+    newer = [path for path in checkpoints(run) if _step(path) > step]
+    if not newer:
+        return []
+    point(run / "latest", newer[0].with_name(f"step-{step:06d}"))
+    aside = []
+    # The newest first: struck down amid this, the same command does the rest.
+    for path in reversed(newer):
+        names = (f"{path.name}.aside" + f"-{n}" * (n > 1) for n in itertools.count(1))
+        target = next(t for t in map(path.with_name, names) if not t.exists())
+        aside.append(path.rename(target))
+    return aside
+
+
+def resume_command(run: Path, name: str | None = None) -> str:
+    """What to type to go on with a run: from its newest checkpoint, or from the one that is named."""
+    recipe = shlex.quote(str(run / "recipe.yaml"))
+    return f"deadpan train {recipe} " + (f"--resume-from {name}" if name else "--resume")
 
 
 def save(
@@ -133,12 +194,13 @@ def save(
         _write_manifest(temporary)
         if final.exists():
             # Renamed out of the way, not removed: that would take long enough to be struck by a crash.
-            final.rename(final.with_name(f".{final.name}.old.tmp"))
+            final.rename(final.with_name(f".{final.name}{_OLD}"))
         temporary.rename(final)
         _sync(final.parent)
         point(run / "latest", final)
         best = point_best(run, position)
     except Exception as error:
+        free = shutil.disk_usage(run).free
         shutil.rmtree(temporary, ignore_errors=True)
         # A full disk is an OSError, in PyTorch's zip writer a RuntimeError, in safetensors its own
         # error, and in tokenizers an Exception without a class. Anything else is a bug: raise it.
@@ -148,11 +210,15 @@ def save(
         ):
             raise
         before = checkpoints(run)
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        # "unexpected pos 138688 vs 138580", says PyTorch.
+        full = free < _NEXT_TO_NOTHING and not isinstance(error, OSError)
         raise DeadpanError(
-            f"The checkpoint of step {position.step} could not be written: {error}",
+            f"The checkpoint of step {position.step} could not be written: "
+            f"{'the disk is full' if full else reason}.",
             where=final,
-            found=f"{shutil.disk_usage(run).free / 2**30:.2f} GiB free",
-            fix="free some space and run again with --resume; "
+            found=f"{free / 2**20:.1f} MiB free",
+            fix=f"free some space, then {resume_command(run)}; "
             + (f"{before[-1].name} is intact" if before else "there is no earlier checkpoint"),
         ) from None
     for old in checkpoints(run)[:-keep]:
@@ -206,9 +272,14 @@ def _write_manifest(folder: Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a text file so that it is either as before or complete."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _sync(temporary)
+        temporary.replace(path)
+    except OSError:
+        # What there is of it takes space, and space may be what is wanting.
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def point(link: Path, target: Path) -> None:
@@ -236,12 +307,22 @@ def verify(checkpoint: Path) -> None:
     Raises:
         DeadpanError: If a file is missing or has changed.
     """
-    others = [path.name for path in checkpoints(checkpoint.parent.parent) if path != checkpoint]
-    fix = (
-        f"remove the folder and resume from {others[-1]}"
-        if others
-        else "remove the folder and start again"
+    damage = _damage(checkpoint)
+    if damage is None:
+        return
+    run = checkpoint.parent.parent
+    others = [path for path in reversed(checkpoints(run)) if path != checkpoint]
+    whole = next((path.name for path in others if _damage(path) is None), None)
+    damage.fix = (
+        f"{resume_command(run, whole)} goes on from the newest whole checkpoint and deletes none"
+        if whole
+        else "no other checkpoint is whole: start a new run with run=runs/NAME"
     )
+    raise damage
+
+
+def _damage(checkpoint: Path) -> DeadpanError | None:
+    """What is wrong with a checkpoint's files."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, ValueError):
@@ -251,20 +332,18 @@ def verify(checkpoint: Path) -> None:
         for entry in manifest.values()
     )
     if not (sound and manifest.keys() >= _NEEDED):
-        raise DeadpanError(
-            "The checkpoint's manifest is damaged.", where=checkpoint / MANIFEST, fix=fix
-        )
+        return DeadpanError("The checkpoint's manifest is damaged.", where=checkpoint / MANIFEST)
     for name, recorded in manifest.items():
         path = checkpoint / name
         found = _digest(path) if path.is_file() else None
         if found != recorded:
-            raise DeadpanError(
+            return DeadpanError(
                 "The checkpoint is damaged.",
                 where=path,
                 expected=_in_words(recorded),
                 found="no such file" if found is None else _in_words(found),
-                fix=fix,
             )
+    return None
 
 
 def _in_words(entry: dict[str, Any]) -> str:

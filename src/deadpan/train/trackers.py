@@ -10,6 +10,7 @@ import json
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from accelerate import Accelerator
@@ -24,7 +25,7 @@ from accelerate.tracking import (
 
 from deadpan.config.schema import Recipe
 from deadpan.errors import DeadpanError
-from deadpan.train.run_folder import leaves
+from deadpan.train.run_folder import leaves, writing
 from deadpan.train.state import write_whole
 
 _PROJECT = "deadpan"
@@ -69,7 +70,12 @@ class Trackers:
     def __init__(
         self, accelerator: Accelerator, names: Sequence[str], run: Path, recipe: Recipe, done: int
     ) -> None:
-        self._accelerator = accelerator
+        self._accelerator, self._run = accelerator, run
+        with writing(run, only_full=True):
+            self._start(names, recipe, done)
+
+    def _start(self, names: Sequence[str], recipe: Recipe, done: int) -> None:
+        accelerator, run = self._accelerator, self._run
         ids = _ids(run) if done else {}
         known = dict(ids)
         accelerator.log_with = [_tracker(name, run, ids, done) for name in names]
@@ -86,13 +92,25 @@ class Trackers:
     def __enter__(self) -> "Trackers":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._accelerator.end_training()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            with writing(self._run, only_full=True):
+                self._accelerator.end_training()
+        except DeadpanError:
+            # What the run ended by has been told already.
+            if error is None:
+                raise
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Track the metrics of a step or of an evaluation."""
         figures = {name: float(value) for name, value in metrics.items() if name != "step"}
-        self._accelerator.log(figures, step=metrics["step"])
+        with writing(self._run, only_full=True):
+            self._accelerator.log(figures, step=metrics["step"])
 
 
 def _tracker(name: str, run: Path, ids: dict[str, str], done: int) -> GeneralTracker:

@@ -33,6 +33,9 @@ class Watcher:
     def starting(self, plan: Plan, done: int, survey: Survey, held_out: int) -> None:
         """The first step is about to begin, `done` steps having been done before."""
 
+    def set_aside(self, checkpoints: Sequence[Path]) -> None:
+        """Checkpoints after the one that the run goes on from have been renamed to these."""
+
     def measuring(self, what: str) -> None:
         """Something is being measured before the first step."""
 
@@ -110,6 +113,10 @@ class ProgressWatcher(Watcher):
         )
         task = self._progress.tasks[self._tasks["training"]]
         self._advance("training", metrics["step"], int(task.total or 0), note)
+
+    def set_aside(self, checkpoints: Sequence[Path]) -> None:
+        for checkpoint in checkpoints:
+            self._say(f"set aside, remove it when you like: {checkpoint}")
 
     def evaluating(self, done: int, total: int) -> None:
         self._advance("evaluating", done, total)
