@@ -22,13 +22,16 @@ _CUTS_A_STEP = {"micro_batch_size", "gradient_accumulation_steps", "samples_per_
 """Recipe keys that a resumed run may have otherwise as long as a step has as many samples."""
 
 
-def open_run(run: Path, recipe: Recipe, resume: bool) -> tuple[Path | None, Recipe]:
+def open_run(
+    run: Path, recipe: Recipe, resume: bool, processes: int = 1
+) -> tuple[Path | None, Recipe]:
     """The checkpoint to resume from, or None for a fresh run; and the recipe.
 
     A resumed run whose recipe says micro_batch_size: auto goes on with the size that was chosen at first.
 
     Raises:
-        DeadpanError: If a fresh run would overwrite one, or there is nothing to resume, or another recipe was trained.
+        DeadpanError: If a fresh run would overwrite one, or there is nothing to resume, or another recipe was trained,
+            or by another number of processes.
     """
     existing = state.checkpoints(run)
     if not resume:
@@ -45,6 +48,16 @@ def open_run(run: Path, recipe: Recipe, resume: bool) -> tuple[Path | None, Reci
             "There is no checkpoint to resume from.", where=run, fix="leave out --resume to start"
         )
     state.verify(existing[-1])
+    if processes != (before_it := state.position(existing[-1]).processes):
+        raise DeadpanError(
+            "The run was started with another number of processes.",
+            where=existing[-1],
+            expected=_processes(before_it),
+            found=_processes(processes),
+            fix="resume with "
+            + ("deadpan train" if before_it == 1 else f"torchrun, {before_it} processes in all")
+            + ", or start a new run with run=runs/NAME",
+        )
     started = load_recipe(run / "recipe.yaml")
     may_change = set(_MAY_CHANGE)
     if recipe.effective_batch_size == started.effective_batch_size:
@@ -66,6 +79,10 @@ def open_run(run: Path, recipe: Recipe, resume: bool) -> tuple[Path | None, Reci
             fix=f"resume with deadpan train {run / 'recipe.yaml'} --resume, or start a new run",
         )
     return existing[-1], recipe
+
+
+def _processes(number: int) -> str:
+    return f"{number} process" + "es" * (number > 1)
 
 
 def leaves(recipe: Recipe) -> dict[str, Any]:

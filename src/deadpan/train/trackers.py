@@ -87,7 +87,9 @@ class Trackers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._accelerator.end_training()
+        # Not end_training, which would end the process group as well.
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Track the metrics of a step or of an evaluation."""
