@@ -2,7 +2,7 @@
 
 Every process holds the whole model and takes every n-th micro-batch of a step. Rank 0 leads: it alone
 writes, evaluates and speaks. What the ranks exchange is little: a few numbers and, once a step, the
-gradients of the trainable weights in one piece (docs/adr/0011).
+gradients of the trainable weights in one piece (docs/adr/0012).
 
 Ranks call these methods in the same order, or they wait for one another in vain. So a mistake that
 one of them meets is kept until all have come to the same place, and then raised in all of them.
