@@ -61,7 +61,7 @@ def train(scratch: Path, recipe: list[str], processes: int, passes: int) -> dict
     began = time.perf_counter()
     made = subprocess.run(
         [
-            *(sys.executable, *(TORCHRUN if processes > 1 else []), program, "train", *recipe),
+            *(sys.executable, *(TORCHRUN if processes > 1 else []), str(program), "train", *recipe),
             *(f"gradient_accumulation_steps={passes}", f"run={run}"),
         ],
         capture_output=True,

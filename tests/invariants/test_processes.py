@@ -46,7 +46,7 @@ run()
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five records with answers of different lengths, so that tokens are spread unevenly. Read only."""
     folder = tmp_path_factory.mktemp("data")
-    samples = []
+    samples: list[dict[str, Any]] = []
     for number in range(5):
         Image.new("RGB", (60 + 20 * number, 80), (40 * number, 90, 0)).save(
             folder / f"{number}.png"
