@@ -138,8 +138,8 @@ def test_stopped_and_resumed_is_uninterrupted_and_another_number_is_refused(
         "lora": {"lora_dropout": 0.1},
         "micro_batch_size": 1,
         "gradient_accumulation_steps": 1,
-        "max_steps": 60,
-        "epochs": 20,
+        "max_steps": 40,
+        "epochs": 14,
     }
     whole, stopped = make(tmp_path / "whole", **settings), make(tmp_path / "stopped", **settings)
     code, _, error = ended(launched(tmp_path, whole))
@@ -153,7 +153,7 @@ def test_stopped_and_resumed_is_uninterrupted_and_another_number_is_refused(
     process.send_signal(signal.SIGTERM)
     _, out, error = ended(process)
     assert out.count("stopped after step") == 1, error
-    assert len(logged(tmp_path / "stopped")) < 60, "it must be stopped amid the run"
+    assert len(logged(tmp_path / "stopped")) < 40, "it must be stopped amid the run"
 
     alone = subprocess.run(
         [DEADPAN, "train", tmp_path / "stopped.yaml", "--resume"],
