@@ -35,6 +35,8 @@ class DeadpanError(Exception):
         self.expected = expected
         self.found = found
         self.fix = fix
+        self.told_elsewhere = False
+        """Whether another process of the same run meets it too, and tells the user."""
         super().__init__(what)
 
     def details(self) -> list[tuple[str, str]]:

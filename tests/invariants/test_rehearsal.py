@@ -14,6 +14,7 @@ import torch
 from deadpan.config.loader import load_recipe
 from deadpan.config.schema import Optimizer
 from deadpan.errors import DeadpanError
+from deadpan.processing.collate import Batch
 from deadpan.train.forecast import Forecast
 from deadpan.train.loop import Trainer
 from deadpan.train.memory import Meter
@@ -37,13 +38,13 @@ def room_for(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
         tried: list[int] = []
         real = Trainer._step
 
-        def step(self: Trainer, step: list[Any]) -> dict[str, Any]:
-            tried.append(max(len(micro_batch.indices) for micro_batch, _ in step))
+        def step(self: Trainer, number: int, share: list[Batch]) -> tuple[dict[str, Any], int]:
+            tried.append(max(len(batch.names) for batch in share))
             if tried[-1] > samples:
                 # What the passes before have left, as when the error comes in the midst of a step.
                 self.trainable[0].grad = torch.ones_like(self.trainable[0])
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-            return real(self, step)
+            return real(self, number, share)
 
         monkeypatch.setattr(Trainer, "_step", step)
         return tried
@@ -199,9 +200,9 @@ def test_a_size_that_was_too_large_is_not_in_the_peak_of_the_one_that_was_chosen
     peaks: list[int] = []
     real = Trainer._step
 
-    def step(self: Trainer, step: list[Any]) -> dict[str, Any]:
-        peaks.append(max(len(micro_batch.indices) for micro_batch, _ in step))
-        return real(self, step)
+    def step(self: Trainer, number: int, share: list[Batch]) -> tuple[dict[str, Any], int]:
+        peaks.append(max(len(batch.names) for batch in share))
+        return real(self, number, share)
 
     def reset(self: Meter) -> None:
         peaks.clear()

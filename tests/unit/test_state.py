@@ -85,7 +85,14 @@ def test_a_checkpoint_holds_the_adapter_its_processor_and_the_state(run: Run) ->
     saved = json.loads((checkpoint / "state.json").read_text())
     none = {"step": 0, "best": None, "since_best": 0, "warned": False}
     digests = {"records": "", "held_out": ""}
-    assert saved == {"step": 7, "samples": 28, "seconds": 3.5, **digests, "evaluations": none}
+    assert saved == {
+        "step": 7,
+        "samples": 28,
+        "seconds": 3.5,
+        **digests,
+        "evaluations": none,
+        "processes": 1,
+    }
     weights = load_file(checkpoint / "adapter_model.safetensors")
     expected = lora.adapter_state(run.trainer.model)
     assert weights.keys() == expected.keys()

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors.torch import load_file
 
@@ -459,13 +458,3 @@ def test_nf4_trains_an_adapter_on_four_bit_weights(
     assert losses[0] == pytest.approx(logged(finished)[0]["loss"], rel=0.1)
     policy = json.loads((tmp_path / "run" / "latest" / "deadpan.json").read_text(encoding="utf-8"))
     assert policy["trained_on"] == "nf4"
-
-
-def test_several_processes_are_refused(
-    make: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Each would train on all of the records and write over the other's checkpoints.
-    monkeypatch.setattr(Accelerator, "num_processes", 2)
-    error = refused(make(tmp_path / "run"))
-    assert error.found == "2 processes"
-    assert not (tmp_path / "run").exists()

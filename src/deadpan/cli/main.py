@@ -78,7 +78,8 @@ def run() -> None:
     try:
         app()
     except DeadpanError as error:
-        print_error(error)
+        if not error.told_elsewhere:
+            print_error(error)
         sys.exit(1)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)

@@ -55,6 +55,9 @@ def train(
     Example: deadpan train internvl2-2b-qlora data.train=ex_cn.json run=runs/first
 
     With --dry-run first: does it fit, how long will it take, and what to change if it does not.
+
+    On several GPUs: torchrun --nproc-per-node 2 --no-python deadpan train RECIPE. A step then has that many times the
+    samples.
     """
     if as_json and not dry_run:
         raise typer.BadParameter("--json goes with --dry-run")
@@ -62,15 +65,19 @@ def train(
 
     from deadpan.config.loader import load_recipe
     from deadpan.train.loop import Trainer
+    from deadpan.train.processes import leads, one_of_a_host_tells
     from deadpan.train.state import resume_command
     from deadpan.train.watcher import ProgressWatcher
 
-    resolved = load_recipe(recipe, overrides or ())
+    with one_of_a_host_tells():
+        resolved = load_recipe(recipe, overrides or ())
     if dry_run:
         _print_forecast(resolved, resume_from or resume, as_json)
         return
-    with ProgressWatcher(Console(stderr=True)) as watcher:
+    with ProgressWatcher(Console(stderr=True, quiet=not leads())) as watcher:
         result = Trainer(resolved, resume_from or resume, watcher).train()
+    if not leads():
+        raise typer.Exit(130 if result.interrupted else 0)
     if result.interrupted:
         typer.echo(f"stopped after step {result.steps}; saved {result.checkpoint}")
         typer.echo(f"go on with: {resume_command(result.run)}")

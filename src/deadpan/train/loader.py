@@ -43,20 +43,29 @@ class MicroBatches(Dataset[tuple[MicroBatch, Batch | DeadpanError]]):
 
 
 class _Order(Sampler[MicroBatch]):
-    def __init__(self, plan: Plan, done: int) -> None:
-        self._plan, self._done = plan, done
+    def __init__(self, plan: Plan, done: int, rank: int, world: int) -> None:
+        self._plan, self._done, self._rank, self._world = plan, done, rank, world
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        return self._plan.micro_batches(self._done)
+        for step in self._plan.steps_after(self._done):
+            yield from share(step, self._rank, self._world)
 
 
-def worker_count(workers: int | Literal["auto"], device: torch.device) -> int:
-    """`auto` leaves a core for the training process, and on a CPU, which is busy training, uses none."""
+def share(step: list[MicroBatch], rank: int, world: int) -> list[MicroBatch]:
+    """What one of several processes has to do of a step; in a short one, perhaps nothing."""
+    return step[rank::world]
+
+
+def worker_count(workers: int | Literal["auto"], device: torch.device, processes: int = 1) -> int:
+    """The workers of one of several training processes on this host.
+
+    `auto` leaves a core for each training process, and on a CPU, which is busy training, uses none.
+    """
     if workers != "auto":
         return workers
     if device.type == "cpu":
         return 0
-    return max(1, min(_MOST_WORKERS, usable_cores() - 1))
+    return max(1, min(_MOST_WORKERS, usable_cores() // processes - 1))
 
 
 def batches(
@@ -66,12 +75,14 @@ def batches(
     done: int,
     packing: bool,
     workers: int,
+    rank: int = 0,
+    world: int = 1,
 ) -> DataLoader:
-    """A loader of (MicroBatch, Batch or DeadpanError) for all steps after the finished ones."""
+    """A loader of (MicroBatch, Batch or DeadpanError) for a process's share of all steps after the finished ones."""
     return DataLoader(
         MicroBatches(records, processor, packing),
         batch_size=None,
-        sampler=_Order(plan, done),
+        sampler=_Order(plan, done, rank, world),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_begin_worker,

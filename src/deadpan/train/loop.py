@@ -3,7 +3,8 @@
 One optimizer step is: gather the step's micro-batches, count their supervised tokens, and for each
 micro-batch add the gradient of (sum of its tokens' losses) / (tokens of the whole step). So eight
 samples at once and one sample eight times give the same gradient, however the tokens are spread, and
-a short last step weighs each token like any other.
+a short last step weighs each token like any other. Of several processes each takes some of the
+micro-batches, and their gradients are summed once a step, which is the same gradient again.
 """
 
 import math
@@ -11,37 +12,42 @@ import resource
 import threading
 import time
 from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
-from deadpan.checkpoints.load import choose_device, choose_dtype
+from deadpan.checkpoints.load import choose_dtype
 from deadpan.checkpoints.source import Layout, detect, resolve
 from deadpan.config.schema import Recipe
+from deadpan.data.records import Record
 from deadpan.data.records import load as load_records
 from deadpan.errors import DeadpanError
 from deadpan.models.answer_loss import AnswerLoss
 from deadpan.models.attention import kernels
 from deadpan.processing.collate import Batch
-from deadpan.processing.processor import load_processor
+from deadpan.processing.processor import Processor, load_processor
 from deadpan.train import evaluation, memory, nonfinite, optimizers, state, trackers
-from deadpan.train.loader import MicroBatches, batches, worker_count
+from deadpan.train.loader import MicroBatches, batches, share, worker_count
 from deadpan.train.model import build
 from deadpan.train.plan import MicroBatch, Plan
+from deadpan.train.processes import Processes, check_recipe, without_traceback
 from deadpan.train.rehearsal import choose_micro_batch_size
 from deadpan.train.run_folder import RunLog, open_run
 from deadpan.train.schedule import resolve as resolve_schedule
 from deadpan.train.schedule import schedule
 from deadpan.train.split import split
 from deadpan.train.stopping import stop_signal
-from deadpan.train.survey import survey
+from deadpan.train.survey import Survey, survey
 from deadpan.train.watcher import Watcher
+
+_SEED_STRIDE = 1_000_003
+"""Keeps the ranks' seeds apart, and those of runs with neighbouring seeds."""
 
 
 class _Stopped(Exception):
@@ -87,28 +93,26 @@ class Trainer:
     def __init__(
         self, recipe: Recipe, resume: bool | str, watcher: Watcher, dry_run: bool = False
     ) -> None:
-        self.watcher = watcher
+        self.processes = Processes(recipe.device)
+        self.accelerator, self.device = self.processes.accelerator, self.processes.device
+        # Rank 0 alone tells how it goes.
+        self.watcher = watcher = watcher if self.processes.rank == 0 else Watcher()
         self.run = Path(recipe.run)
         self._checkpoint = None
+        world = self.processes.world
         if resume or not dry_run:
-            self._checkpoint, recipe = open_run(self.run, recipe, resume)
+            self._checkpoint, recipe = self.processes.lead(
+                lambda: open_run(self.run, recipe, resume, world)
+            )
+        if world > 1:
+            self.processes.together(lambda: check_recipe(recipe, world, dry_run))
         self.recipe = recipe
-        self._trackers = trackers.choose(recipe)
-        self.device = choose_device(recipe.device)
+        self._trackers = self.processes.lead(lambda: trackers.choose(recipe))
         self.dtype = choose_dtype(recipe.precision, self.device)
         set_seed(recipe.seed)
-        records = load_records(recipe.data.train, recipe.data.images)
-        folder = resolve(recipe.model)
-        if detect(folder) is Layout.ADAPTER:
-            raise DeadpanError(
-                "Training starts from a whole model, and this is an adapter.",
-                where=folder,
-                fix="export it with --layout hf and train on that, or resume its run with --resume",
-            )
-        self.processor = load_processor(folder, recipe.max_tiles, recipe.max_length)
+        folder, self.processor = self.processes.together(lambda: _open_model(recipe))
         # Before the weights are read: that takes minutes, and a bad record none of them.
-        surveyed = survey(records, self.processor, recipe.data.overlong, watcher.surveying)
-        self.survey, self.held_out = split(recipe, surveyed, self.processor, watcher.surveying)
+        self.survey, self.held_out = self.processes.lead(self._look_at_records)
         self.plan = Plan(
             len(self.survey.records),
             recipe.epochs,
@@ -116,25 +120,28 @@ class Trainer:
             recipe.effective_batch_size
             if recipe.micro_batch_size == "auto"
             else recipe.micro_batch_size,
-            1 if recipe.micro_batch_size == "auto" else recipe.gradient_accumulation_steps,
+            1 if recipe.micro_batch_size == "auto" else recipe.gradient_accumulation_steps * world,
             recipe.seed,
             recipe.max_steps,
         )
+        self.processes.together(lambda: self._build(folder))
+        self.processes.check_equal(self.trainable)
+
+    def _look_at_records(self) -> tuple[Survey, list[Record]]:
+        data, surveying = self.recipe.data, self.watcher.surveying
+        records = load_records(data.train, data.images)
+        surveyed = survey(records, self.processor, data.overlong, surveying)
+        return split(self.recipe, surveyed, self.processor, surveying)
+
+    def _build(self, folder: Path) -> None:
+        recipe, rank = self.recipe, self.processes.rank
         with self._memory_explained():
             self.model = build(
-                recipe, folder, self.processor, self.device, self.dtype, watcher.loading
+                recipe, folder, self.processor, self.device, self.dtype, self.watcher.loading
             )
-        self._prepare()
-
-    def _prepare(self) -> None:
-        recipe = self.recipe
-        self.accelerator = Accelerator(cpu=self.device.type == "cpu")
-        if self.accelerator.num_processes > 1:
-            raise DeadpanError(
-                "Training runs in one process for now.",
-                found=f"{self.accelerator.num_processes} processes",
-                fix="start it with `deadpan train`, not through torchrun or accelerate launch",
-            )
+        if rank:
+            # Fresh weights are the same in all ranks; what dropout leaves out must not be.
+            set_seed((recipe.seed + _SEED_STRIDE * rank) % 2**32)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         algorithm = recipe.optimizer.name
         _, warmup = resolve_schedule(recipe.schedule, algorithm)
@@ -143,13 +150,24 @@ class Trainer:
         self.position = state.Position(
             records=state.digest(self.survey.records),
             held_out=state.digest(self.held_out) if self.held_out else "",
+            processes=self.processes.world,
         )
         if self._checkpoint is not None:
-            before = state.restore(self._checkpoint, self.model, self.optimizer, self.scheduler)
+            if rank and not self._checkpoint.is_dir():
+                raise DeadpanError(
+                    "A host has not the checkpoint to resume from.",
+                    where=self._checkpoint.absolute(),
+                    found=f"rank {rank} finds no such folder",
+                    fix="put the run folder where all hosts see it, under the same path",
+                )
+            before = state.restore(
+                self._checkpoint, self.model, self.optimizer, self.scheduler, rank
+            )
             self._check_records(before)
             self.position = before
-        # Prepared without its optimizer: gradients are scaled and accumulated here, not by accelerate.
-        self.loss = self.accelerator.prepare_model(AnswerLoss(self.model))
+        # Prepared without its optimizer and without DistributedDataParallel: gradients are scaled,
+        # accumulated and summed here.
+        self.loss = self.accelerator.prepare_model(AnswerLoss(self.model), evaluation_mode=True)
         self.trainable = trainable
 
     def _check_records(self, before: state.Position) -> None:
@@ -186,7 +204,7 @@ class Trainer:
     def rehearse(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Do an optimizer step on micro-batches of any choice, which is neither logged nor saved."""
         prepare = MicroBatches(self.survey.records, self.processor, self.recipe.packing)
-        self._step([(micro_batch, prepare.batch(micro_batch)) for micro_batch in micro_batches])
+        self._step(1, [prepare.batch(micro_batch) for micro_batch in micro_batches])
 
     def steps(self) -> Generator[dict[str, Any], None, None]:
         """Do the run's steps, yielding each one's metrics."""
@@ -196,7 +214,9 @@ class Trainer:
             self.plan,
             self.position.step,
             self.recipe.packing,
-            worker_count(self.recipe.data.workers, self.device),
+            worker_count(self.recipe.data.workers, self.device, self.processes.local),
+            self.processes.rank,
+            self.processes.world,
         )
         return self._steps(loader)
 
@@ -206,28 +226,29 @@ class Trainer:
     def _train(self) -> Result:
         recipe = self.recipe
         saved = self._checkpoint
-        with (
-            RunLog(self.run, recipe, self.position) as log,
-            trackers.Trackers(
-                self.accelerator, self._trackers, self.run, recipe, self.position.step
-            ) as tracked,
-            stop_signal() as stop,
-        ):
-            log.also(tracked.write)
-            self.watcher.set_aside(log.set_aside)
-            metrics = log.last_step or {"loss": math.nan}
+        with ExitStack() as logs, stop_signal() as stop:
+            log: RunLog | None = None
+
+            def open_log() -> dict[str, Any] | None:
+                nonlocal log
+                log = self._open_log(logs)
+                return log.last_step
+
+            metrics = self.processes.lead(open_log) or {"loss": math.nan}
             self.watcher.starting(self.plan, self.position.step, self.survey, len(self.held_out))
             # It was stopped before, or in, an evaluation.
             if self._is_due() and self._evaluate(log, stop) is not None:
                 saved = self._save()
-            for metrics in () if self._is_over() else nonfinite.kept(self.steps(), self.run):
+            steps = nonfinite.kept(self.steps(), self.run) if log else self.steps()
+            for metrics in () if self._is_over() else steps:
                 step = metrics["step"]
-                if step % recipe.log_every_steps == 0 or step == self.plan.steps:
+                if log and (step % recipe.log_every_steps == 0 or step == self.plan.steps):
                     log.write(metrics)
                 self.watcher.stepped(metrics)
-                is_best = self._is_due() and not stop.is_set() and self._evaluate(log, stop)
+                is_best = self._is_due() and self._evaluate(log, stop)
                 saved = self._save() if is_best or step % recipe.save_every_steps == 0 else None
-                if stop.is_set() or self._is_over():
+                # A signal reaches the ranks at different moments.
+                if self.processes.any(stop.is_set()) or self._is_over():
                     break
             if saved is None:
                 saved = self._save()
@@ -258,8 +279,32 @@ class Trainer:
         tired = patience is not None and self.position.evaluations.since_best >= patience
         return tired or self.position.step == self.plan.steps
 
-    def _evaluate(self, log: RunLog, stop: threading.Event) -> bool | None:
+    def _open_log(self, logs: ExitStack) -> RunLog:
+        recipe, position = self.recipe, self.position
+        log = logs.enter_context(RunLog(self.run, recipe, position))
+        tracked = logs.enter_context(
+            trackers.Trackers(self.accelerator, self._trackers, self.run, recipe, position.step)
+        )
+        log.also(tracked.write)
+        self.watcher.set_aside(log.set_aside)
+        return log
+
+    def _evaluate(self, log: RunLog | None, stop: threading.Event) -> bool | None:
         """Measure the model as it would be saved now; whether it is the best so far, or None if stopped amid it."""
+
+        def measure() -> tuple[state.Evaluations, bool | None]:
+            assert log is not None, "rank 0 has the log"
+            with self._memory_explained():
+                return self._measure(log, stop)
+
+        evaluations, is_best = self.processes.lead(measure)
+        self.position = replace(self.position, evaluations=evaluations)
+        return is_best
+
+    def _measure(self, log: RunLog, stop: threading.Event) -> tuple[state.Evaluations, bool | None]:
+        before = self.position.evaluations
+        if stop.is_set():
+            return before, None
 
         def progress(done: int, total: int) -> None:
             if stop.is_set():
@@ -281,10 +326,8 @@ class Trainer:
             with optimizers.weights_to_use(self.optimizer):
                 figures = evaluator.evaluate(progress)
         except _Stopped:
-            return None
-        before = self.position.evaluations
+            return before, None
         after, is_best, reason = evaluation.judge(before, step, figures)
-        self.position = replace(self.position, evaluations=after)
         metrics = {
             "step": step,
             "epoch": round(step / self.plan.steps_per_epoch, 4),
@@ -299,27 +342,22 @@ class Trainer:
         self.watcher.evaluated(metrics, figures.jokes)
         if reason is not None and not before.warned:
             self.watcher.memorising(step, reason)
-        return is_best
+        return after, is_best
 
     def _steps(self, loader: DataLoader) -> Generator[dict[str, Any], None, None]:
         began = time.perf_counter()
-        waited = 0.0
-        step: list[tuple[MicroBatch, Batch]] = []
-        for micro_batch, batch in loader:
-            if isinstance(batch, DeadpanError):
-                raise batch
-            step.append((micro_batch, batch))
-            if not micro_batch.last:
-                continue
+        rank, world = self.processes.rank, self.processes.world
+        prepared = iter(loader)
+        for whole in self.plan.steps_after(self.position.step):
+            step = list(islice(prepared, len(share(whole, rank, world))))
             waited = time.perf_counter() - began
-            metrics = self._step(step)
-            now = time.perf_counter()
-            seconds = now - began
-            samples = sum(len(micro_batch.indices) for micro_batch, _ in step)
-            tokens = sum(batch.tokens for _, batch in step)
+            metrics, tokens = self._step(whole[0].step, [batch for _, batch in step])
+            seconds = time.perf_counter() - began
+            samples = sum(len(micro_batch.indices) for micro_batch in whole)
+            memory_gib = self.processes.largest(self._memory())
             self.position = replace(
                 self.position,
-                step=step[0][0].step,
+                step=whole[0].step,
                 samples=self.position.samples + samples,
                 seconds=self.position.seconds + seconds,
             )
@@ -329,16 +367,63 @@ class Trainer:
                 "samples_per_second": round(samples / seconds, 3),
                 "tokens_per_second": round(tokens / seconds, 1),
                 "data_wait_fraction": round(waited / seconds, 4),
-                "memory_gib": round(self._memory(), 3),
+                "memory_gib": round(memory_gib, 3),
             }
             # What was done meanwhile, saving and evaluating, is no part of the next step.
             began = time.perf_counter()
-            step = []
 
-    def _step(self, step: list[tuple[MicroBatch, Batch]]) -> dict[str, Any]:
-        supervised = sum(batch.supervised for _, batch in step)
+    def _step(
+        self, step: int, answers: Sequence[Batch | DeadpanError]
+    ) -> tuple[dict[str, Any], int]:
+        """Do an optimizer step with this process's share of it; its metrics, and the tokens of all."""
+        failures = [batch for batch in answers if isinstance(batch, DeadpanError)]
+        share = [batch for batch in answers if not isinstance(batch, DeadpanError)]
+        supervised, tokens, failed = self.processes.sum(
+            sum(batch.supervised for batch in share),
+            sum(batch.tokens for batch in share),
+            len(failures),
+        )
+        if failed:
+            self.processes.share(failures[0] if failures else None)
+        mean = self._gradients(share, supervised)
+        norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.recipe.optimizer.max_grad_norm)
+        if not (math.isfinite(mean) and math.isfinite(norm.item())):
+            raise self._not_finite(step, share, mean, norm.item())
+        rates = {
+            "lr": self.scheduler.get_last_lr()[0],
+            **optimizers.estimates(self.optimizer),
+        }
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics = {
+            "step": step,
+            "epoch": round(step / self.plan.steps_per_epoch, 4),
+            "loss": mean,
+            **rates,
+            "grad_norm": norm.item(),
+        }
+        return metrics, tokens
+
+    def _gradients(self, share: Sequence[Batch], supervised: int) -> float:
+        """The gradients of the whole step's mean loss, in the trainable parameters; the loss."""
+        if self.processes.world == 1:
+            return (self._accumulate(share, supervised) / supervised).item()
+        total, failure = torch.zeros((), device=self.device), None
+        try:
+            with self._memory_explained():
+                total = self._accumulate(share, supervised)
+        except DeadpanError as error:
+            failure = without_traceback(error)
+        total, failed = self.processes.sum_gradients(self.trainable, total, failure is not None)
+        if failed:
+            self.processes.share(failure)
+        return (total / supervised).item()
+
+    def _accumulate(self, share: Sequence[Batch], supervised: int) -> torch.Tensor:
+        """Add up this process's gradients; returns the sum of its tokens' losses."""
         total = torch.zeros((), device=self.device)
-        for _, batch in step:
+        for batch in share:
             on_device = batch.to(self.device)
             autocast = torch.autocast(
                 self.device.type, self.dtype, enabled=self.dtype is torch.bfloat16
@@ -354,30 +439,16 @@ class Trainer:
                 # Under the same kernels, since checkpointed layers run again here.
                 self.accelerator.backward(loss / supervised)
             total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.recipe.optimizer.max_grad_norm)
-        mean = (total / supervised).item()
-        if not (math.isfinite(mean) and math.isfinite(norm.item())):
-            records = [self.survey.records[i] for part, _ in step for i in part.indices]
-            raise nonfinite.NotFinite(
-                step[0][0].step,
-                mean,
-                norm.item(),
-                nonfinite.one_by_one(self.model, self.processor, records, self.device, self.dtype),
-            )
-        rates = {
-            "lr": self.scheduler.get_last_lr()[0],
-            **optimizers.estimates(self.optimizer),
-        }
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return {
-            "step": step[0][0].step,
-            "epoch": round(step[0][0].step / self.plan.steps_per_epoch, 4),
-            "loss": mean,
-            **rates,
-            "grad_norm": norm.item(),
-        }
+        return total
+
+    def _not_finite(
+        self, step: int, share: Sequence[Batch], loss: float, norm: float
+    ) -> DeadpanError:
+        by_name = {record.name: record for record in self.survey.records}
+        records = [by_name[name] for batch in share for name in batch.names]
+        own = nonfinite.one_by_one(self.model, self.processor, records, self.device, self.dtype)
+        readings = [reading for of_rank in self.processes.gather(own) for reading in of_rank]
+        return self.processes.shared(nonfinite.NotFinite(step, loss, norm, readings))
 
     def _memory(self) -> float:
         """Peak memory in GiB: of the GPU, or of this process on a CPU."""
@@ -386,13 +457,30 @@ class Trainer:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     def _save(self) -> Path:
-        return state.save(
-            self.run,
-            self.position,
-            self.model,
-            self.processor,
-            self.optimizer,
-            self.scheduler,
-            self.recipe.quantization,
-            self.recipe.keep_checkpoints,
+        _, *others = self.processes.gather(
+            state.random_state(own_gpu=True) if self.processes.rank else None
         )
+        return self.processes.lead(
+            lambda: state.save(
+                self.run,
+                self.position,
+                self.model,
+                self.processor,
+                self.optimizer,
+                self.scheduler,
+                self.recipe.quantization,
+                self.recipe.keep_checkpoints,
+                [random for random in others if random is not None],
+            )
+        )
+
+
+def _open_model(recipe: Recipe) -> tuple[Path, Processor]:
+    folder = resolve(recipe.model)
+    if detect(folder) is Layout.ADAPTER:
+        raise DeadpanError(
+            "Training starts from a whole model, and this is an adapter.",
+            where=folder,
+            fix="export it with --layout hf and train on that, or resume its run with --resume",
+        )
+    return folder, load_processor(folder, recipe.max_tiles, recipe.max_length)

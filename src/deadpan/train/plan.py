@@ -1,15 +1,16 @@
 """Which records meet in which step.
 
 The whole run is decided beforehand by the seed: every epoch is a permutation of the records, cut into
-optimizer steps of micro_batch_size x gradient_accumulation_steps samples, and each step into
-micro-batches. Only the last step of an epoch may be smaller; since the loss is a mean over the step's
-supervised tokens, it needs no special care. A plan is a pure function of its arguments, so a resumed
-run only has to know how many steps are done.
+optimizer steps of micro_batch_size x gradient_accumulation_steps x processes samples, and each step
+into micro-batches, which the processes take in turn. Only the last step of an epoch may be smaller;
+since the loss is a mean over the step's supervised tokens, it needs no special care. A plan is a pure
+function of its arguments, so a resumed run only has to know how many steps are done.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 
@@ -22,13 +23,11 @@ class MicroBatch:
         step: The optimizer step it belongs to, counted from 1.
         epoch: The epoch, counted from 0.
         indices: Which records.
-        last: Whether it is the step's last one.
     """
 
     step: int
     epoch: int
     indices: tuple[int, ...]
-    last: bool
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Plan:
         records: The number of training records.
         epochs: Passes over them.
         micro_batch_size: Samples of a forward pass.
-        accumulation: Forward passes of a step.
+        accumulation: Forward passes of a step, of all processes together.
         seed: Decides the order.
         max_steps: Where to stop early, or None.
     """
@@ -78,6 +77,10 @@ class Plan:
 
     def micro_batches(self, done: int = 0) -> Iterator[MicroBatch]:
         """The micro-batches after a number of finished steps."""
+        return chain.from_iterable(self.steps_after(done))
+
+    def steps_after(self, done: int) -> Iterator[list[MicroBatch]]:
+        """The same, step by step."""
         order: list[int] = []
         for step in range(done, self.steps):
             epoch, place = divmod(step, self.steps_per_epoch)
@@ -86,6 +89,7 @@ class Plan:
             start = place * self.samples_per_step
             samples = order[start : start + self.samples_per_step]
             size = self.micro_batch_size
-            chunks = [samples[i : i + size] for i in range(0, len(samples), size)]
-            for number, chunk in enumerate(chunks, start=1):
-                yield MicroBatch(step + 1, epoch, tuple(chunk), number == len(chunks))
+            yield [
+                MicroBatch(step + 1, epoch, tuple(samples[i : i + size]))
+                for i in range(0, len(samples), size)
+            ]

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -128,7 +127,7 @@ class Rehearsal:
         self._outcomes: dict[int, _Outcome] = {}
         sizes = trainer.survey.sizes
         shortest = min(range(len(sizes)), key=lambda index: sizes[index].tokens)
-        self._short = MicroBatch(1, 0, (shortest,), last=True)
+        self._short = MicroBatch(1, 0, (shortest,))
         # With the first step the optimizer's state appears, and kernels are loaded.
         trainer.watcher.measuring("the shortest sample")
         self._ready = self._run([self._short])
@@ -239,7 +238,7 @@ class Rehearsal:
         trainer.watcher.measuring(f"{size} samples at a time" if size > 1 else "one at a time")
         self._meter.reset()
         for leader in leaders:
-            step = [replace(self._short, last=False), leader] if several else [leader]
+            step = [self._short, leader] if several else [leader]
             if not self._ready or not self._run(step):
                 return estimate
         return _Outcome(size, load, whole, self._peak(), measured=True)
@@ -317,7 +316,7 @@ class Rehearsal:
         sizes, packing, done = trainer.survey.sizes, trainer.recipe.packing, self._done
         loads = (
             sum((load_of(micro_batch, sizes, packing) for micro_batch in step), Load())
-            for _, step in groupby(trainer.plan.micro_batches(done), lambda batch: batch.step)
+            for step in trainer.plan.steps_after(done)
         )
         only_one = trainer.plan.steps - done == 1
         timed, steps, seconds = Load(), 0, 0.0

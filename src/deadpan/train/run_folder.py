@@ -26,7 +26,9 @@ _CUTS_A_STEP = {"micro_batch_size", "gradient_accumulation_steps", "samples_per_
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def open_run(run: Path, recipe: Recipe, resume: bool | str) -> tuple[Path | None, Recipe]:
+def open_run(
+    run: Path, recipe: Recipe, resume: bool | str, processes: int = 1
+) -> tuple[Path | None, Recipe]:
     """The checkpoint to resume from, or None for a fresh run; and the recipe.
 
     A resumed run whose recipe says micro_batch_size: auto goes on with the size that was chosen at first.
@@ -35,9 +37,11 @@ def open_run(run: Path, recipe: Recipe, resume: bool | str) -> tuple[Path | None
         run: The run folder.
         recipe: What is to be trained.
         resume: Whether to go on with the run, from its newest checkpoint or from the one that is named.
+        processes: How many train.
 
     Raises:
-        DeadpanError: If a fresh run would overwrite one, or there is nothing to resume, or another recipe was trained.
+        DeadpanError: If a fresh run would overwrite one, or there is nothing to resume, or another recipe was trained,
+            or by another number of processes.
     """
     state.recover(run)
     existing = state.checkpoints(run)
@@ -56,6 +60,16 @@ def open_run(run: Path, recipe: Recipe, resume: bool | str) -> tuple[Path | None
         )
     checkpoint = state.named(run, resume) if isinstance(resume, str) else existing[-1]
     state.verify(checkpoint)
+    if processes != (before_it := state.position(checkpoint).processes):
+        raise DeadpanError(
+            "The run was started with another number of processes.",
+            where=checkpoint,
+            expected=_processes(before_it),
+            found=_processes(processes),
+            fix="resume with "
+            + ("deadpan train" if before_it == 1 else f"torchrun, {before_it} processes in all")
+            + ", or start a new run with run=runs/NAME",
+        )
     started = load_recipe(run / "recipe.yaml")
     may_change = set(_MAY_CHANGE)
     if recipe.effective_batch_size == started.effective_batch_size:
@@ -77,6 +91,10 @@ def open_run(run: Path, recipe: Recipe, resume: bool | str) -> tuple[Path | None
             fix=f"resume with {state.resume_command(run)}, or start a new run",
         )
     return checkpoint, recipe
+
+
+def _processes(number: int) -> str:
+    return f"{number} process" + "es" * (number > 1)
 
 
 def leaves(recipe: Recipe) -> dict[str, Any]:

@@ -72,6 +72,7 @@ class Position:
         records: A digest of the training records, so that a resumed run meets the same ones.
         held_out: The same of the held-out records.
         evaluations: What was measured with these.
+        processes: How many trained it, each with random numbers of its own.
     """
 
     step: int = 0
@@ -80,6 +81,7 @@ class Position:
     records: str = ""
     held_out: str = ""
     evaluations: Evaluations = Evaluations()
+    processes: int = 1
 
 
 def digest(records: Sequence[Record]) -> str:
@@ -166,10 +168,12 @@ def save(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     quantization: str,
     keep: int,
+    others: Sequence[dict[str, Any]] = (),
 ) -> Path:
     """Write a checkpoint, point `latest` at it, and remove the oldest beyond `keep`.
 
-    `best` points at the checkpoint with the lowest held-out loss, which is not removed.
+    `best` points at the checkpoint with the lowest held-out loss, which is not removed. `others` are
+    the `random_state`s of the processes beside this one.
 
     Raises:
         DeadpanError: If the disk is full or not writable; earlier checkpoints stay intact.
@@ -179,11 +183,13 @@ def save(
     try:
         _remove_leftovers(final.parent)
         temporary.mkdir(parents=True)
-        tensors = {
+        tensors: dict[str, Any] = {
             "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict(),
-            "random": random_state(),
+            "random": random_state(own_gpu=bool(others)),
         }
+        if others:
+            tensors["random_of_others"] = list(others)
         if weights := optimizers.training_weights(optimizer, model):
             tensors["training_weights"] = weights
         with optimizers.weights_to_use(optimizer):
@@ -355,31 +361,37 @@ def restore(
     model: PeftModel,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
+    rank: int = 0,
 ) -> Position:
-    """Put a run back to where a verified checkpoint left it, random numbers included."""
+    """Put a run back to where a verified checkpoint left it, random numbers of this process included."""
     lora.load_state(model, checkpoint)
     tensors = torch.load(checkpoint / _STATE_TENSORS, map_location="cpu", weights_only=True)
     optimizers.put_training_weights(model, tensors.get("training_weights", {}))
     optimizer.load_state_dict(tensors["optimizer"])
     scheduler.load_state_dict(tensors["scheduler"])
-    set_random_state(tensors["random"])
-    return _position(json.loads((checkpoint / _STATE).read_text()))
+    set_random_state(tensors["random_of_others"][rank - 1] if rank else tensors["random"])
+    return position(checkpoint)
 
 
-def _position(values: dict[str, Any]) -> Position:
+def position(checkpoint: Path) -> Position:
+    """How far the run of a verified checkpoint had come."""
+    values = json.loads((checkpoint / _STATE).read_text())
     evaluations = dict(values.get("evaluations", {}))
     if evaluations.get("best") is not None:
         evaluations["best"] = Reading(**evaluations["best"])
     return Position(**{**values, "evaluations": Evaluations(**evaluations)})
 
 
-def random_state() -> dict[str, Any]:
-    """Where all random number generators stand."""
+def random_state(own_gpu: bool = False) -> dict[str, Any]:
+    """Where all random number generators stand: those of all GPUs, or of this process's own."""
+    cuda: list[torch.Tensor] = []
+    if torch.cuda.is_available():
+        cuda = [torch.cuda.get_rng_state()] if own_gpu else torch.cuda.get_rng_state_all()
     kind, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
     version, numbers, gauss_next = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": cuda,
         "numpy": [str(kind), [int(k) for k in keys], int(place), int(has_gauss), float(gauss)],
         "python": [version, list(numbers), gauss_next],
     }
@@ -388,7 +400,10 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Put them back to where they stood."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
+    if len(state["cuda"]) == 1:
+        # Of a process among several, which may have another of the GPUs when it is resumed.
+        torch.cuda.set_rng_state(state["cuda"][0])
+    elif state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))

@@ -100,7 +100,9 @@ class Trackers:
     ) -> None:
         try:
             with writing(self._run, only_full=True):
-                self._accelerator.end_training()
+                # Not end_training, which would end the process group as well.
+                for tracker in self._accelerator.trackers:
+                    tracker.finish()
         except DeadpanError:
             # What the run ended by has been told already.
             if error is None:
