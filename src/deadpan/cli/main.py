@@ -3,7 +3,6 @@
 Exit codes: 0 all is well; 1 something is wrong with the input or the result; 2 the command itself is mistyped.
 """
 
-import os
 import sys
 from typing import Annotated
 
@@ -23,10 +22,6 @@ from deadpan.cli import (
     train,
 )
 from deadpan.errors import DeadpanError
-
-# Before anything loads PyTorch. OpenMP's threads spin while they wait for one another; where another program wants
-# the cores too, that cost nine tenths of a training's speed (docs/experiments.md), and sleeping costs next to nothing.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(
     name="deadpan",
