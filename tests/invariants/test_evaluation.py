@@ -13,6 +13,8 @@ from deadpan.data.records import load
 from deadpan.evaluate.answers import Answer
 from deadpan.evaluate.likelihood import answer_loss
 from deadpan.train import state
+from deadpan.train.loop import Trainer
+from deadpan.train.split import trained_on
 from deadpan.train.watcher import Watcher
 from training import (
     MakeRecipe,
@@ -213,3 +215,15 @@ def test_a_share_is_split_the_same_way_when_resumed(make: MakeRecipe, tmp_path: 
     assert position["samples"] == 9  # three of four records, three epochs
     everything = state.digest(load(recipe.data.train))
     assert everything not in (position["records"], position["held_out"], "")
+
+
+def test_what_counts_as_learned_by_heart_is_what_was_trained_on(
+    make: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe = make(tmp_path / "run", data={"validation": 0.25})
+    trainer = Trainer(recipe, False, Watcher())
+    assert len(trainer.held_out) == 1
+    learned = [record.name for record in trained_on(recipe)]
+    assert learned == [record.name for record in trainer.survey.records]
+    assert trainer.held_out[0].name not in learned
+    assert len(trained_on(make(tmp_path / "run"))) == 4

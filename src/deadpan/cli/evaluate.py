@@ -55,13 +55,17 @@ def evaluate(
     from deadpan.evaluate.answers import ask, questions, write
     from deadpan.evaluate.evaluation import evaluate as figures_of
     from deadpan.evaluate.likelihood import answer_loss
+    from deadpan.train.split import trained_on
 
     records = load_records(data, images)
-    if training is None and (Path(model) / "recipe.yaml").is_file():
-        training = load_recipe(Path(model) / "recipe.yaml").data.train
-    by_heart = None
+    learned = None
     if training is not None:
-        by_heart = [answer for record in load_records(training) for answer in record.answers]
+        learned = load_records(training)
+    elif (Path(model) / "recipe.yaml").is_file():
+        learned = trained_on(load_recipe(Path(model) / "recipe.yaml"))
+    by_heart = None
+    if learned is not None:
+        by_heart = [answer for record in learned for answer in record.answers]
     asked = questions(records)
     settings = GenerationSettings(max_new_tokens)
     with bar("loading weights") as progress:

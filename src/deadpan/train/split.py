@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
+from deadpan.checkpoints.source import resolve
 from deadpan.config.schema import Recipe
 from deadpan.data.records import Record
 from deadpan.data.records import load as load_records
 from deadpan.data.split import hold_out, refuse_shared
-from deadpan.processing.processor import Processor
+from deadpan.processing.processor import Processor, load_processor
 from deadpan.train.survey import Survey, survey
 
 
@@ -41,3 +42,16 @@ def split(
     held_out = survey(records, processor, recipe.data.overlong, progress).records
     refuse_shared(surveyed.records, held_out)
     return surveyed, held_out
+
+
+def trained_on(recipe: Recipe) -> list[Record]:
+    """The records that a run of the recipe is trained on, without those that it holds out.
+
+    Raises:
+        DeadpanError: If they are no longer there, or not in order.
+    """
+    records = load_records(recipe.data.train, recipe.data.images)
+    if not isinstance(recipe.data.validation, float):
+        return records
+    processor = load_processor(resolve(recipe.model), recipe.max_tiles, recipe.max_length)
+    return split(recipe, survey(records, processor, recipe.data.overlong), processor)[0].records
