@@ -43,8 +43,11 @@ Progress = Callable[[int, int], None]
 class Telling(Protocol):
     """Whoever shows how the demo goes."""
 
-    def step(self, number: int, title: str) -> AbstractContextManager[Progress]:
-        """A step runs while the context does; what it gives takes how far the step is, and out of how much."""
+    def step(self, title: str) -> AbstractContextManager[Progress]:
+        """A step runs while the context does; what it gives takes how far the step is, and out of how much.
+
+        The title has the step's number and the number of all in front, as in `3/7 fine-tune`.
+        """
 
     def note(self, text: str) -> None:
         """A word about the step at hand, that the next word replaces."""
@@ -112,16 +115,17 @@ class Demo:
             answer for record in load_records(Path("nano:train")) for answer in record.answers
         ]
         for number, step in enumerate(steps, start=1):
+            title = f"{number}/{len(steps)} {step.title}"
             before = self._done.get(step.title)
             if before is None:
                 began = time.perf_counter()
-                with self._telling.step(number, step.title) as progress:
+                with self._telling.step(title) as progress:
                     line = step.run(progress)
                 seconds = round(time.perf_counter() - began, 1)
                 self._done[step.title] = {"line": line, "seconds": seconds}
                 self._remember()
             now = self._done[step.title]
-            self._telling.done(step.title, now["line"], now["seconds"], before is not None)
+            self._telling.done(title, now["line"], now["seconds"], before is not None)
         return self.report
 
     def seconds(self) -> float:

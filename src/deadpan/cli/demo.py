@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-STEPS = 7
-
 
 def demo(
     overrides: Annotated[
@@ -58,13 +56,12 @@ class _Telling:
 
     def __init__(self, bars: "Console", lines: "Console") -> None:
         self._bars, self._lines = bars, lines
-        self._number = 0
         self._note: Callable[[str], None] = lambda text: None
 
     @contextmanager
-    def step(self, number: int, title: str) -> "Iterator[Callable[[int, int], None]]":
+    def step(self, title: str) -> "Iterator[Callable[[int, int], None]]":
         with self._bar() as progress:
-            task = progress.add_task(f"{number}/{STEPS} {title}", total=None, note="")
+            task = progress.add_task(title, total=None, note="")
             self._note = lambda text: progress.update(task, note=text)
             yield lambda done, total: progress.update(task, completed=done, total=total)
 
@@ -74,16 +71,10 @@ class _Telling:
     def done(self, title: str, line: str, seconds: float, before: bool) -> None:
         from rich.text import Text
 
-        self._number += 1
         took = "done before" if before else f"{seconds:.1f} s"
         # Text, since a str would have its [brackets] read as markup.
         self._lines.print(
-            Text.assemble(
-                (f"{self._number}/{STEPS} ", "dim"),
-                (f"{title:<20}", "bold"),
-                line,
-                (f"  {took}", "dim"),
-            ),
+            Text.assemble((f"{title:<24}", "bold"), line, (f"  {took}", "dim")),
             soft_wrap=True,
         )
 
