@@ -15,6 +15,13 @@ from deadpan.train.loop import Result, Trainer
 from deadpan.train.watcher import Watcher
 
 MakeRecipe = Callable[..., Recipe]
+SETTINGS: dict[str, Any] = {
+    "lora": {"lora_dropout": 0.05},
+    "micro_batch_size": 1,
+    "gradient_accumulation_steps": 3,
+    "epochs": 3,
+}
+"""Of the four records, six steps, of which every second is a short one."""
 
 
 def recipes(tiny: Path, records: Path) -> MakeRecipe:

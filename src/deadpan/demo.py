@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from deadpan.checkpoints.export import export
 from deadpan.checkpoints.load import load
 from deadpan.config.loader import load_recipe
 from deadpan.data.checks import check
-from deadpan.data.records import Record
+from deadpan.data.records import IMAGE_TAG, Record
 from deadpan.data.records import load as load_records
 from deadpan.engines.base import GenerationSettings
 from deadpan.engines.builtin import BuiltinEngine
@@ -132,11 +133,12 @@ class Demo:
         """How long all steps took."""
         return float(sum(step["seconds"] for step in self._done.values()))
 
+    @cached_property
     def figures(self) -> dict[str, Evaluation]:
-        """Both tellers in figures, from what they said."""
+        """Both tellers in figures, from what they said; there once they are evaluated."""
         return {
-            "base": self._figures(self._answers("base"), self._loss("base")),
-            "fine-tuned": self._figures(self._answers("tuned"), self._loss("tuned")),
+            label: evaluate(self._asked, self._answers(name), self._by_heart, self._loss(name))
+            for label, name in (("base", "base"), ("fine-tuned", "tuned"))
         }
 
     def _open(self) -> dict[str, dict[str, Any]]:
@@ -200,7 +202,7 @@ class Demo:
 
     def _evaluate(self, progress: Progress) -> str:
         self._listen("tuned", self.folder / "run", progress, score=True)
-        both = [figures.grounded_jokes for figures in self.figures().values()]
+        both = [figures.grounded_jokes for figures in self.figures.values()]
         base, tuned = (f"{share.value:.0%}" for share in both if share is not None)
         return f"jokes about what is in the picture: {base} before, {tuned} after"
 
@@ -220,7 +222,6 @@ class Demo:
         same = sum(a.text == b.text for a, b in zip(tuned, exported, strict=True))
         held = json.loads((self.folder / "model" / "export.json").read_text(encoding="utf-8"))
         curve = curves.read(self.folder / "run")
-        evaluations = self.figures()
         page = comparison.Comparison(
             title="冷笑话: nano before and after",
             summary=(
@@ -228,7 +229,7 @@ class Demo:
                 "fine-tuning. Nano is a small model of drawn scenes: it shows the machinery, not what a large "
                 "model can do."
             ),
-            question=self._asked[0].turns[-1].text.replace("<image>", "").strip(),
+            question=self._asked[0].turns[-1].text.replace(IMAGE_TAG, "").strip(),
             pictures=[question.pictures[0] for question in self._asked],
             tellers=[
                 comparison.Teller("base", "nano as it comes", self._said(base, mark=False)),
@@ -238,7 +239,7 @@ class Demo:
                     self._said(exported, mark=True),
                 ),
             ],
-            figures=rows(list(evaluations.values())),
+            figures=rows(list(self.figures.values())),
             facts=[
                 ("seed", str(self._recipe.seed)),
                 ("training", f"{self._done['fine-tune']['seconds']:.0f} s"),
@@ -280,9 +281,6 @@ class Demo:
 
     def _loss(self, name: str) -> float:
         return float(json.loads((self.folder / f"{name}.json").read_text())["loss"])
-
-    def _figures(self, answers: Sequence[Answer], loss: float) -> Evaluation:
-        return evaluate(self._asked, answers, self._by_heart, loss)
 
     def _said(self, answers: Sequence[Answer], mark: bool) -> dict[Path, list[comparison.Said]]:
         known = verbatim([answer.text for answer in answers], self._by_heart)

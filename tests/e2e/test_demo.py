@@ -1,18 +1,16 @@
 """`deadpan demo` as a user has it, with a short training: told in one go, stopped and gone on with, and refused."""
 
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-DEADPAN = Path(sys.executable).with_name("deadpan")
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+from command import DEADPAN, ENVIRONMENT
+
 SHORT = ["max_steps=12", "save_every_steps=4"]
 STEPS = [
     "check the data", "hear the base model", "fine-tune", "evaluate", "export and compare",

@@ -1,18 +1,14 @@
 """What XTuner has left behind, taken over by the command line."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from command import DEADPAN, ENVIRONMENT
 from xtuner import CONFIG, make_checkpoint
-
-DEADPAN = Path(sys.executable).with_name("deadpan")
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
 
 
 def deadpan(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from test_story import deadpan
+from command import deadpan
 
 
 def test_the_best_is_told_and_taken(tiny: Path, records: Path, tmp_path: Path) -> None:

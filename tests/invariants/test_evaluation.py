@@ -17,6 +17,7 @@ from deadpan.train.loop import Trainer
 from deadpan.train.split import trained_on
 from deadpan.train.watcher import Watcher
 from training import (
+    SETTINGS,
     MakeRecipe,
     SignalAfter,
     course,
@@ -32,12 +33,6 @@ OPTIMIZERS: list[dict[str, Any]] = [
     {"name": "prodigy", "lr": 1.0, "d0": 1e-5},
     {"name": "schedulefree_adamw", "lr": 1e-3},
 ]
-SETTINGS: dict[str, Any] = {
-    "lora": {"lora_dropout": 0.05},
-    "micro_batch_size": 1,
-    "gradient_accumulation_steps": 3,
-    "epochs": 3,
-}
 EVALUATION = {"every_steps": 2, "max_new_tokens": 8, "memorisation_pictures": 2}
 LAST = 6
 

@@ -13,15 +13,9 @@ from deadpan.models import lora
 from deadpan.train import optimizers, state
 from deadpan.train.loop import Trainer
 from deadpan.train.watcher import Watcher
-from training import MakeRecipe, SignalAfter, identical, logged, recipes, result_of, train
+from training import SETTINGS, MakeRecipe, SignalAfter, identical, logged, recipes, result_of, train
 
 NAMES = ("adamw", "dadapt_adam", "prodigy", "schedulefree_adamw")
-SETTINGS: dict[str, Any] = {
-    "lora": {"lora_dropout": 0.05},
-    "micro_batch_size": 1,
-    "gradient_accumulation_steps": 3,
-    "epochs": 3,
-}
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from command import DEADPAN
 from deadpan.config.loader import dump_recipe
 from deadpan.data.records import load
 from deadpan.errors import DeadpanError
@@ -25,7 +26,7 @@ from deadpan.train.plan import Plan
 from training import MakeRecipe, course, evaluations, identical, logged, recipes, result_of, train
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-DEADPAN = Path(sys.executable).with_name("deadpan")
+
 ONE_MESSAGE = """
 import os
 from deadpan.cli.main import run

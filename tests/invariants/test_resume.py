@@ -19,15 +19,9 @@ from deadpan.errors import DeadpanError
 from deadpan.train import state
 from deadpan.train.watcher import Watcher
 from forked import fork
-from training import MakeRecipe, SignalAfter, course, identical, recipes, result_of, train
+from training import SETTINGS, MakeRecipe, SignalAfter, course, identical, recipes, result_of, train
 
 LAST = 6
-SETTINGS: dict[str, Any] = {
-    "lora": {"lora_dropout": 0.05},
-    "micro_batch_size": 1,
-    "gradient_accumulation_steps": 3,
-    "epochs": 3,
-}
 
 
 @pytest.fixture(scope="module")

@@ -73,6 +73,10 @@ class Entry:
         ]  # (kv, group, d, ...)
         return torch.cat(by_head, dim=1).reshape(-1, *rest)
 
+    def shape(self, shapes: list[torch.Size]) -> torch.Size:
+        """The shape of the tensor on disk, from those of the module's parameters."""
+        return self.join([torch.empty(shape, device="meta") for shape in shapes]).shape
+
     def split(self, tensor: torch.Tensor, shapes: list[torch.Size]) -> list[torch.Tensor]:
         """The module's parameters, of the given shapes, from the tensor on disk."""
         if self.packing == "plain":

@@ -189,7 +189,7 @@ def load_base(
     for done, entry in enumerate(entries, start=1):
         tensor = files.read(entry.source)
         shapes = [model.get_parameter(target).shape for target in entry.targets]
-        expected = entry.join([torch.empty(shape, device="meta") for shape in shapes]).shape
+        expected = entry.shape(shapes)
         if tensor.shape != expected:
             raise DeadpanError(
                 f"The tensor {entry.source!r} has the wrong shape.",

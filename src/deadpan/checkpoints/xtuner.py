@@ -380,7 +380,7 @@ def _split(
     pair: _Pair, entry: keys.Entry, shapes: Sequence[torch.Size], checkpoint: Path
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """The LoRA of each parameter that lies in a tensor of the official layout."""
-    whole = entry.join([torch.empty(shape, device="meta") for shape in shapes]).shape  # (out, in)
+    whole = entry.shape(list(shapes))  # (out, in)
     rank = pair.a.shape[0]
     _check_shape(f"{entry.source} lora_A", pair.a, torch.Size((rank, whole[1])), checkpoint)
     _check_shape(f"{entry.source} lora_B", pair.b, torch.Size((whole[0], rank)), checkpoint)

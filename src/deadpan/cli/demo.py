@@ -46,7 +46,7 @@ def demo(
         typer.echo("stopped; the same command goes on from here", err=True)
         raise typer.Exit(130) from None
     typer.echo()
-    print_figures(story.figures())
+    print_figures(story.figures)
     typer.echo(f"\n{story.seconds():.0f} s in all. Look at {report} in a browser.")
     typer.echo(f"hear it: deadpan tell {out / 'model'} PICTURE")
 

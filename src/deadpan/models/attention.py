@@ -125,10 +125,9 @@ def _apart(
         from torch.nn.attention.varlen import varlen_attn
 
         window = (-1, 0) if causal else (-1, -1)
-        of_kernel: Any = (
-            varlen_attn  # its annotation is wider than what it returns without `return_aux`
-        )
-        return of_kernel(q, k, v, *starts, *longest, scale=scaling, window_size=window)
+        # Its annotation is wider than what it returns without `return_aux`.
+        flash: Any = varlen_attn
+        return flash(q, k, v, *starts, *longest, scale=scaling, window_size=window)
     lengths = [start.diff().tolist() for start in starts]
     samples = zip(
         *lengths,

@@ -133,6 +133,23 @@ def writing(run: Path, only_full: bool = False) -> Iterator[None]:
         ) from None
 
 
+@contextmanager
+def closing(run: Path, error: BaseException | None, only_full: bool = False) -> Iterator[None]:
+    """Like `writing`, at the end of a run: a file tries once more to write what it could not.
+
+    Args:
+        run: The run folder.
+        error: What the run ends by, if anything; a second failure is then not told.
+        only_full: As for `writing`.
+    """
+    try:
+        with writing(run, only_full):
+            yield
+    except DeadpanError:
+        if error is None:
+            raise
+
+
 class RunLog:
     """What a run writes beside its checkpoints: recipe, environment, metrics, and what it said.
 
@@ -186,13 +203,8 @@ class RunLog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        try:
-            with writing(self._run):
-                self._metrics.close()
-        except DeadpanError:
-            # It tries once more to write what it could not; that has been told already.
-            if error is None:
-                raise
+        with closing(self._run, error):
+            self._metrics.close()
 
     def also(self, write: Callable[[dict[str, Any]], None]) -> None:
         """Hand what is logged to another writer too."""

@@ -25,7 +25,7 @@ from accelerate.tracking import (
 
 from deadpan.config.schema import Recipe
 from deadpan.errors import DeadpanError
-from deadpan.train.run_folder import leaves, writing
+from deadpan.train.run_folder import closing, leaves, writing
 from deadpan.train.state import write_whole
 
 _PROJECT = "deadpan"
@@ -98,15 +98,10 @@ class Trackers:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        try:
-            with writing(self._run, only_full=True):
-                # Not end_training, which would end the process group as well.
-                for tracker in self._accelerator.trackers:
-                    tracker.finish()
-        except DeadpanError:
-            # What the run ended by has been told already.
-            if error is None:
-                raise
+        with closing(self._run, error, only_full=True):
+            # Not end_training, which would end the process group as well.
+            for tracker in self._accelerator.trackers:
+                tracker.finish()
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Track the metrics of a step or of an evaluation."""

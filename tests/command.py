@@ -1,0 +1,45 @@
+"""The `deadpan` command, run by tests as a user runs it: in a process of its own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+DEADPAN = Path(sys.executable).with_name("deadpan")
+ENVIRONMENT = {
+    **os.environ,
+    "HF_HUB_OFFLINE": "1",
+    "COLUMNS": "200",
+    # Commands run side by side; each with threads for all cores, they would be in each other's way.
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: object
+    out: str
+    error: str
+
+
+def deadpan(folder: Path, *commands: Sequence[object]) -> list[Outcome]:
+    """Run commands that do not need one another, two at a time; importing PyTorch takes each of them seconds."""
+    outcomes = []
+    for start in range(0, len(commands), 2):
+        processes = [
+            subprocess.Popen(
+                [str(DEADPAN), *map(str, command)],
+                cwd=folder,
+                env=ENVIRONMENT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                encoding="utf-8",
+            )
+            for command in commands[start : start + 2]
+        ]
+        for process in processes:
+            out, error = process.communicate(timeout=120)
+            outcomes.append(Outcome(process.returncode, out, error))
+    return outcomes
