@@ -195,6 +195,32 @@ class Evaluation(_Section):
     max_new_tokens: int = Field(default=64, ge=1, description="The most tokens of such an answer.")
 
 
+class Distributed(_Section):
+    """How several processes share the work; of one alone nothing is shared."""
+
+    engine: Literal["auto", "ddp", "deepspeed", "fsdp2"] = Field(
+        default="auto",
+        description="ddp: each has the whole model; deepspeed: each has the whole model and a part of the "
+        "optimizer's state (ZeRO); fsdp2: each has a part of the model, for those that do not fit; "
+        "auto: ddp.",
+    )
+    zero_stage: Literal[1, 2] | None = Field(
+        default=None,
+        description="deepspeed only: what is in parts: the optimizer's state (1), or that and the "
+        "gradients (2); null: 1.",
+    )
+
+    @field_validator("zero_stage")
+    @classmethod
+    def _is_read(cls, stage: int | None, info: ValidationInfo) -> int | None:
+        engine = info.data.get("engine")
+        if stage is not None and engine is not None and engine != "deepspeed":
+            raise contradiction(
+                f"null, or distributed.engine: deepspeed; {engine} does not read it"
+            )
+        return stage
+
+
 class Recipe(_Section):
     """Everything that decides a training run."""
 
@@ -236,6 +262,7 @@ class Recipe(_Section):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     evaluation: Evaluation = Evaluation()
+    distributed: Distributed = Distributed()
     epochs: int = Field(default=8, ge=1, description="Passes over the training records.")
     max_steps: int | None = Field(
         default=None,
@@ -311,6 +338,24 @@ class Recipe(_Section):
             )
             raise contradiction(expected)
         return samples
+
+    @field_validator("distributed")
+    @classmethod
+    def _can_be_shared(cls, distributed: Distributed, info: ValidationInfo) -> Distributed:
+        engine, optimizer = distributed.engine, info.data.get("optimizer")
+        if engine in ("auto", "ddp"):
+            return distributed
+        if optimizer is not None and optimizer.name != "adamw":
+            raise contradiction(
+                f"auto or ddp with {optimizer.name}: in parts, only adamw does what it does whole",
+                "distributed.engine",
+            )
+        if engine == "fsdp2" and info.data.get("quantization") == "nf4":
+            raise contradiction(
+                "auto, ddp or deepspeed with quantization: nf4, whose weights cannot be put in parts",
+                "distributed.engine",
+            )
+        return distributed
 
     @field_validator("schedule")
     @classmethod

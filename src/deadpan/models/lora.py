@@ -6,7 +6,7 @@ projector between vision tower and language model is small and trained whole; PE
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -111,15 +111,23 @@ def _wrap(model: InternVLForConditionalGeneration, config: LoraConfig) -> PeftMo
         return get_peft_model(model, config)
 
 
-def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
-    """All that training changes, under PEFT's names, on the CPU."""
+def adapter_state(
+    model: PeftModel, whole: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+) -> dict[str, torch.Tensor]:
+    """All that training changes, under PEFT's names, on the CPU.
+
+    Args:
+        model: The model with its adapter.
+        whole: Puts together a tensor of which this process has a part.
+    """
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    return {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in state.items()}
 
 
-def save(model: PeftModel, folder: Path) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`."""
-    write(model.peft_config["default"], adapter_state(model), folder)
+def save(model: PeftModel, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`, of a state if the model has not all of it."""
+    state = adapter_state(model) if state is None else state
+    write(model.peft_config["default"], state, folder)
 
 
 def write(config: LoraConfig, state: dict[str, torch.Tensor], folder: Path) -> None:

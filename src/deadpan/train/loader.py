@@ -2,16 +2,18 @@
 
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from deadpan.data.records import Record
+from deadpan.data.records import IMAGE_TAG, Record, Turn
 from deadpan.environment import usable_cores
 from deadpan.errors import DeadpanError
 from deadpan.processing.collate import Batch, collate
-from deadpan.processing.processor import Processor
+from deadpan.processing.processor import Processor, Sample
 from deadpan.train.plan import MicroBatch, Plan
 
 _MOST_WORKERS = 8
@@ -21,10 +23,24 @@ class MicroBatches(Dataset[tuple[MicroBatch, Batch | DeadpanError]]):
     """Makes the tensors of a micro-batch; its index is the micro-batch itself.
 
     An error is returned rather than raised: PyTorch would carry it out of a worker as a traceback.
+
+    Args:
+        records: What the micro-batches' indices mean.
+        processor: Makes the tensors.
+        packing: Lay a micro-batch's samples end to end.
+        pictured: Add a blank picture, of which nothing is learned, where there is none. Processes that
+            share weights go through the vision tower together or not at all.
     """
 
-    def __init__(self, records: Sequence[Record], processor: Processor, packing: bool) -> None:
+    def __init__(
+        self,
+        records: Sequence[Record],
+        processor: Processor,
+        packing: bool,
+        pictured: bool = False,
+    ) -> None:
         self._records, self._processor, self._packing = records, processor, packing
+        self._blank = _blank_sample(processor) if pictured else None
 
     def __getitem__(self, micro_batch: MicroBatch) -> tuple[MicroBatch, Batch | DeadpanError]:
         try:
@@ -39,7 +55,21 @@ class MicroBatches(Dataset[tuple[MicroBatch, Batch | DeadpanError]]):
             DeadpanError: If a picture has become unreadable since the survey.
         """
         samples = [self._processor.record(self._records[i]) for i in micro_batch.indices]
-        return collate(samples, self._processor.pad_id, self._packing)
+        if self._blank is None or any(sample.pixel_values is not None for sample in samples):
+            return collate(samples, self._processor.pad_id, self._packing)
+        batch = collate([*samples, self._blank], self._processor.pad_id, self._packing)
+        tokens = batch.tokens - len(self._blank.input_ids)
+        return replace(batch, names=batch.names[:-1], tokens=tokens)
+
+
+def blank(processor: Processor) -> Batch:
+    """A micro-batch of which nothing is learned, for a process that has none when others do."""
+    return replace(collate([_blank_sample(processor)], processor.pad_id), names=[], tokens=0)
+
+
+def _blank_sample(processor: Processor) -> Sample:
+    edge = processor.tile_policy.tile_size
+    return processor.sample([Image.new("RGB", (edge, edge))], [Turn("human", IMAGE_TAG)], "blank")
 
 
 class _Order(Sampler[MicroBatch]):
@@ -77,10 +107,11 @@ def batches(
     workers: int,
     rank: int = 0,
     world: int = 1,
+    pictured: bool = False,
 ) -> DataLoader:
     """A loader of (MicroBatch, Batch or DeadpanError) for a process's share of all steps after the finished ones."""
     return DataLoader(
-        MicroBatches(records, processor, packing),
+        MicroBatches(records, processor, packing, pictured),
         batch_size=None,
         sampler=_Order(plan, done, rank, world),
         num_workers=workers,

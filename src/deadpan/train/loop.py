@@ -4,7 +4,7 @@ One optimizer step is: gather the step's micro-batches, count their supervised t
 micro-batch add the gradient of (sum of its tokens' losses) / (tokens of the whole step). So eight
 samples at once and one sample eight times give the same gradient, however the tokens are spread, and
 a short last step weighs each token like any other. Of several processes each takes some of the
-micro-batches, and their gradients are summed once a step, which is the same gradient again.
+micro-batches, and their gradients are summed, which is the same gradient again.
 """
 
 import math
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
+from torch import nn
 from torch.utils.data import DataLoader
 
 from deadpan.checkpoints.load import choose_dtype
@@ -32,8 +33,8 @@ from deadpan.models.answer_loss import AnswerLoss
 from deadpan.models.attention import kernels
 from deadpan.processing.collate import Batch
 from deadpan.processing.processor import Processor, load_processor
-from deadpan.train import evaluation, memory, nonfinite, optimizers, state, trackers
-from deadpan.train.loader import MicroBatches, batches, share, worker_count
+from deadpan.train import evaluation, memory, nonfinite, optimizers, parallel, state, trackers
+from deadpan.train.loader import MicroBatches, batches, blank, share, worker_count
 from deadpan.train.model import build
 from deadpan.train.plan import MicroBatch, Plan
 from deadpan.train.processes import Processes, check_recipe, without_traceback
@@ -107,6 +108,7 @@ class Trainer:
         if world > 1:
             self.processes.together(lambda: check_recipe(recipe, world, dry_run))
         self.recipe = recipe
+        self.parallel = self.processes.together(lambda: parallel.choose(recipe, self.processes))
         self._trackers = self.processes.lead(lambda: trackers.choose(recipe))
         self.dtype = choose_dtype(recipe.precision, self.device)
         set_seed(recipe.seed)
@@ -124,8 +126,12 @@ class Trainer:
             recipe.seed,
             recipe.max_steps,
         )
-        self.processes.together(lambda: self._build(folder))
-        self.processes.check_equal(self.trainable)
+        self.processes.together(lambda: self._build_model(folder))
+        self.processes.check_equal(self._trained())
+        with self._memory_explained():
+            self.parallel.share_model(self.model)
+            self._build_optimizer()
+        self.processes.together(self._restore)
 
     def _look_at_records(self) -> tuple[Survey, list[Record]]:
         data, surveying = self.recipe.data, self.watcher.surveying
@@ -133,25 +139,20 @@ class Trainer:
         surveyed = survey(records, self.processor, data.overlong, surveying)
         return split(self.recipe, surveyed, self.processor, surveying)
 
-    def _build(self, folder: Path) -> None:
+    def _build_model(self, folder: Path) -> None:
         recipe, rank = self.recipe, self.processes.rank
         with self._memory_explained():
             self.model = build(
-                recipe, folder, self.processor, self.device, self.dtype, self.watcher.loading
+                recipe,
+                folder,
+                self.processor,
+                self.parallel.loads_on,
+                self.dtype,
+                self.watcher.loading,
             )
         if rank:
             # Fresh weights are the same in all ranks; what dropout leaves out must not be.
             set_seed((recipe.seed + _SEED_STRIDE * rank) % 2**32)
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        algorithm = recipe.optimizer.name
-        _, warmup = resolve_schedule(recipe.schedule, algorithm)
-        self.optimizer = optimizers.build(trainable, recipe.optimizer, warms_up=warmup > 0)
-        self.scheduler = schedule(self.optimizer, recipe.schedule, self.plan.steps, algorithm)
-        self.position = state.Position(
-            records=state.digest(self.survey.records),
-            held_out=state.digest(self.held_out) if self.held_out else "",
-            processes=self.processes.world,
-        )
         if self._checkpoint is not None:
             if rank and not self._checkpoint.is_dir():
                 raise DeadpanError(
@@ -160,15 +161,34 @@ class Trainer:
                     found=f"rank {rank} finds no such folder",
                     fix="put the run folder where all hosts see it, under the same path",
                 )
-            before = state.restore(
-                self._checkpoint, self.model, self.optimizer, self.scheduler, rank
-            )
-            self._check_records(before)
-            self.position = before
+            state.restore_weights(self._checkpoint, self.model)
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _build_optimizer(self) -> None:
+        recipe, algorithm = self.recipe, self.recipe.optimizer.name
+        self.trainable = self._trained()
+        _, warmup = resolve_schedule(recipe.schedule, algorithm)
+        self.optimizer = optimizers.build(self.trainable, recipe.optimizer, warms_up=warmup > 0)
+        self.scheduler = schedule(self.optimizer, recipe.schedule, self.plan.steps, algorithm)
+        self.parallel.share_optimizer(self.optimizer, self.trainable)
         # Prepared without its optimizer and without DistributedDataParallel: gradients are scaled,
         # accumulated and summed here.
         self.loss = self.accelerator.prepare_model(AnswerLoss(self.model), evaluation_mode=True)
-        self.trainable = trainable
+
+    def _restore(self) -> None:
+        self.position = state.Position(
+            records=state.digest(self.survey.records),
+            held_out=state.digest(self.held_out) if self.held_out else "",
+            processes=self.processes.world,
+        )
+        if self._checkpoint is not None:
+            before = state.restore(
+                self._checkpoint, self.parallel.load_optimizer, self.scheduler, self.processes.rank
+            )
+            self._check_records(before)
+            self.position = before
 
     def _check_records(self, before: state.Position) -> None:
         now, data = self.position, self.recipe.data
@@ -217,6 +237,7 @@ class Trainer:
             worker_count(self.recipe.data.workers, self.device, self.processes.local),
             self.processes.rank,
             self.processes.world,
+            pictured=self.parallel.in_step,
         )
         return self._steps(loader)
 
@@ -293,21 +314,32 @@ class Trainer:
         """Measure the model as it would be saved now; whether it is the best so far, or None if stopped amid it."""
 
         def measure() -> tuple[state.Evaluations, bool | None]:
-            assert log is not None, "rank 0 has the log"
             with self._memory_explained():
                 return self._measure(log, stop)
 
-        evaluations, is_best = self.processes.lead(measure)
+        if self.parallel.shares_weights:
+            # All measure the same records in step, and rank 0's word holds.
+            measured = measure()
+            evaluations, is_best = self.processes.lead(lambda: measured)
+        else:
+            evaluations, is_best = self.processes.lead(measure)
         self.position = replace(self.position, evaluations=evaluations)
         return is_best
 
-    def _measure(self, log: RunLog, stop: threading.Event) -> tuple[state.Evaluations, bool | None]:
+    def _measure(
+        self, log: RunLog | None, stop: threading.Event
+    ) -> tuple[state.Evaluations, bool | None]:
         before = self.position.evaluations
-        if stop.is_set():
+
+        def stops() -> bool:
+            is_set = stop.is_set()
+            return self.processes.any(is_set) if self.parallel.shares_weights else is_set
+
+        if stops():
             return before, None
 
         def progress(done: int, total: int) -> None:
-            if stop.is_set():
+            if stops():
                 raise _Stopped
             self.watcher.evaluating(done, total)
 
@@ -337,8 +369,9 @@ class Trainer:
             "memorising": reason is not None,
             "evaluation_seconds": round(time.perf_counter() - began, 3),
         }
-        log.write(metrics)
-        log.tell(step, figures.jokes)
+        if log:
+            log.write(metrics)
+            log.tell(step, figures.jokes)
         self.watcher.evaluated(metrics, figures.jokes)
         if reason is not None and not before.warned:
             self.watcher.memorising(step, reason)
@@ -348,10 +381,15 @@ class Trainer:
         began = time.perf_counter()
         rank, world = self.processes.rank, self.processes.world
         prepared = iter(loader)
+        nothing = blank(self.processor) if self.parallel.in_step else None
         for whole in self.plan.steps_after(self.position.step):
-            step = list(islice(prepared, len(share(whole, rank, world))))
+            number = len(share(whole, rank, world))
+            step = [batch for _, batch in islice(prepared, number)]
+            if nothing is not None:
+                # In a short step some have a micro-batch less than rank 0.
+                step += [nothing] * (len(share(whole, 0, world)) - number)
             waited = time.perf_counter() - began
-            metrics, tokens = self._step(whole[0].step, [batch for _, batch in step])
+            metrics, tokens = self._step(whole[0].step, step)
             seconds = time.perf_counter() - began
             samples = sum(len(micro_batch.indices) for micro_batch in whole)
             memory_gib = self.processes.largest(self._memory())
@@ -386,36 +424,38 @@ class Trainer:
         if failed:
             self.processes.share(failures[0] if failures else None)
         mean = self._gradients(share, supervised)
-        norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.recipe.optimizer.max_grad_norm)
-        if not (math.isfinite(mean) and math.isfinite(norm.item())):
-            raise self._not_finite(step, share, mean, norm.item())
+        norm = self.parallel.clip(self.recipe.optimizer.max_grad_norm)
+        if not (math.isfinite(mean) and math.isfinite(norm)):
+            raise self._not_finite(step, share, mean, norm)
         rates = {
             "lr": self.scheduler.get_last_lr()[0],
             **optimizers.estimates(self.optimizer),
         }
-        self.optimizer.step()
+        self.parallel.step()
         self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
         metrics = {
             "step": step,
             "epoch": round(step / self.plan.steps_per_epoch, 4),
             "loss": mean,
             **rates,
-            "grad_norm": norm.item(),
+            "grad_norm": norm,
         }
         return metrics, tokens
 
     def _gradients(self, share: Sequence[Batch], supervised: int) -> float:
         """The gradients of the whole step's mean loss, in the trainable parameters; the loss."""
-        if self.processes.world == 1:
-            return (self._accumulate(share, supervised) / supervised).item()
+        if self.processes.world == 1 or self.parallel.in_step:
+            # In step, a process that fails ends, and the launcher ends those that wait for it.
+            own = self._accumulate(share, supervised)
+            total, _ = self.parallel.sum(own, failed=False)
+            return (total / supervised).item()
         total, failure = torch.zeros((), device=self.device), None
         try:
             with self._memory_explained():
                 total = self._accumulate(share, supervised)
         except DeadpanError as error:
             failure = without_traceback(error)
-        total, failed = self.processes.sum_gradients(self.trainable, total, failure is not None)
+        total, failed = self.parallel.sum(total, failure is not None)
         if failed:
             self.processes.share(failure)
         return (total / supervised).item()
@@ -423,7 +463,7 @@ class Trainer:
     def _accumulate(self, share: Sequence[Batch], supervised: int) -> torch.Tensor:
         """Add up this process's gradients; returns the sum of its tokens' losses."""
         total = torch.zeros((), device=self.device)
-        for batch in share:
+        for number, batch in enumerate(share, start=1):
             on_device = batch.to(self.device)
             autocast = torch.autocast(
                 self.device.type, self.dtype, enabled=self.dtype is torch.bfloat16
@@ -437,7 +477,7 @@ class Trainer:
                         on_device.pixel_values,
                     )
                 # Under the same kernels, since checkpointed layers run again here.
-                self.accelerator.backward(loss / supervised)
+                self.parallel.backward(loss / supervised, last=number == len(share))
             total += loss.detach()
         return total
 
@@ -445,9 +485,21 @@ class Trainer:
         self, step: int, share: Sequence[Batch], loss: float, norm: float
     ) -> DeadpanError:
         by_name = {record.name: record for record in self.survey.records}
-        records = [by_name[name] for batch in share for name in batch.names]
-        own = nonfinite.one_by_one(self.model, self.processor, records, self.device, self.dtype)
-        readings = [reading for of_rank in self.processes.gather(own) for reading in of_rank]
+        names = [name for batch in share for name in batch.names]
+        if self.parallel.shares_weights:
+            # All go through all of them in step.
+            names = [name for of_rank in self.processes.gather(names) for name in of_rank]
+        own = nonfinite.one_by_one(
+            self.model,
+            self.processor,
+            [by_name[name] for name in names],
+            self.device,
+            self.dtype,
+            self.parallel.gradient_norm,
+        )
+        readings = own
+        if not self.parallel.shares_weights:
+            readings = [reading for of_rank in self.processes.gather(own) for reading in of_rank]
         return self.processes.shared(nonfinite.NotFinite(step, loss, norm, readings))
 
     def _memory(self) -> float:
@@ -460,6 +512,7 @@ class Trainer:
         _, *others = self.processes.gather(
             state.random_state(own_gpu=True) if self.processes.rank else None
         )
+        gathered = self.parallel.gathered(self.model)
         return self.processes.lead(
             lambda: state.save(
                 self.run,
@@ -471,6 +524,7 @@ class Trainer:
                 self.recipe.quantization,
                 self.recipe.keep_checkpoints,
                 [random for random in others if random is not None],
+                gathered,
             )
         )
 

@@ -6,7 +6,7 @@ them by itself, which tells a record that cannot be learned from weights that ha
 
 import json
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,8 +101,9 @@ def one_by_one(
     records: Sequence[Record],
     device: torch.device,
     dtype: torch.dtype,
+    gradient_norm: Callable[[torch.Tensor], float],
 ) -> list[Reading]:
-    """Loss and gradient of each record by itself; the model's gradients are gone afterwards.
+    """Loss and gradient of each record by itself.
 
     Args:
         model: The model, in training mode: its dropout is on, as in the step.
@@ -110,22 +111,20 @@ def one_by_one(
         records: The step's records.
         device: Where the model is.
         dtype: What training computes in.
+        gradient_norm: Takes a loss back to the weights.
     """
     loss_of = AnswerLoss(model)
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    model.zero_grad(set_to_none=True)
     readings = []
     for record in records:
         batch = collate([processor.record(record)], processor.pad_id).to(device)
-        model.zero_grad(set_to_none=True)
         with kernels():
             with torch.autocast(device.type, dtype, enabled=dtype is torch.bfloat16):
                 loss = loss_of(
                     batch.input_ids, batch.labels, batch.position_ids, batch.pixel_values
                 )
-            (loss / batch.supervised).backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
-        readings.append(Reading(record, (loss / batch.supervised).item(), norm.item()))
-    model.zero_grad(set_to_none=True)
+            mean = loss / batch.supervised
+            readings.append(Reading(record, mean.item(), gradient_norm(mean)))
     return readings
 
 

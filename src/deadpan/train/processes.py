@@ -111,6 +111,14 @@ class Processes:
         self._talk(lambda: distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX))
         return tensor.item()
 
+    def sum_tensor(self, value: torch.Tensor) -> torch.Tensor:
+        """A tensor summed over the ranks; the one given is left alone."""
+        if self.world == 1:
+            return value
+        total = value.clone()
+        self._talk(lambda: distributed.all_reduce(total))
+        return total
+
     def gather(self, value: T) -> list[T]:
         """What each rank has, in the order of ranks; anything that can be pickled."""
         if self.world == 1:

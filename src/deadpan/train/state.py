@@ -16,7 +16,7 @@ import random
 import re
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -169,22 +169,25 @@ def save(
     quantization: str,
     keep: int,
     others: Sequence[dict[str, Any]] = (),
+    gathered: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None,
 ) -> Path:
     """Write a checkpoint, point `latest` at it, and remove the oldest beyond `keep`.
 
     `best` points at the checkpoint with the lowest held-out loss, which is not removed. `others` are
-    the `random_state`s of the processes beside this one.
+    the `random_state`s of the processes beside this one. `gathered` is the adapter and the optimizer's
+    state, where this process has a part of them only.
 
     Raises:
         DeadpanError: If the disk is full or not writable; earlier checkpoints stay intact.
     """
     final = run / "checkpoints" / f"step-{position.step:06d}"
     temporary = final.with_name(f".{final.name}.tmp")
+    adapter, moments = gathered or (None, optimizer.state_dict())
     try:
         _remove_leftovers(final.parent)
         temporary.mkdir(parents=True)
         tensors: dict[str, Any] = {
-            "optimizer": optimizer.state_dict(),
+            "optimizer": moments,
             "scheduler": scheduler.state_dict(),
             "random": random_state(own_gpu=bool(others)),
         }
@@ -193,7 +196,7 @@ def save(
         if weights := optimizers.training_weights(optimizer, model):
             tensors["training_weights"] = weights
         with optimizers.weights_to_use(optimizer):
-            lora.save(model, temporary)
+            lora.save(model, temporary, adapter)
         save_processor(processor, temporary, trained_on=quantization)
         torch.save(tensors, temporary / _STATE_TENSORS)
         (temporary / _STATE).write_text(json.dumps(asdict(position), indent=2) + "\n")
@@ -356,21 +359,31 @@ def _in_words(entry: dict[str, Any]) -> str:
     return f"{entry['bytes']} bytes, SHA-256 {str(entry['sha256'])[:16]}..."
 
 
+def restore_weights(checkpoint: Path, model: PeftModel) -> None:
+    """Give a model the weights that training goes on from, of a verified checkpoint."""
+    lora.load_state(model, checkpoint)
+    # Mapped, not read: the optimizer's state is not wanted yet.
+    tensors = _tensors(checkpoint, mmap=True)
+    optimizers.put_training_weights(model, tensors.get("training_weights", {}))
+
+
 def restore(
     checkpoint: Path,
-    model: PeftModel,
-    optimizer: torch.optim.Optimizer,
+    load_optimizer: Callable[[dict[str, Any]], None],
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     rank: int = 0,
 ) -> Position:
-    """Put a run back to where a verified checkpoint left it, random numbers of this process included."""
-    lora.load_state(model, checkpoint)
-    tensors = torch.load(checkpoint / _STATE_TENSORS, map_location="cpu", weights_only=True)
-    optimizers.put_training_weights(model, tensors.get("training_weights", {}))
-    optimizer.load_state_dict(tensors["optimizer"])
+    """Put the rest of a run back to where a verified checkpoint left it, random numbers of this process included."""
+    tensors = _tensors(checkpoint)
+    load_optimizer(tensors["optimizer"])
     scheduler.load_state_dict(tensors["scheduler"])
     set_random_state(tensors["random_of_others"][rank - 1] if rank else tensors["random"])
     return position(checkpoint)
+
+
+def _tensors(checkpoint: Path, mmap: bool = False) -> dict[str, Any]:
+    path = checkpoint / _STATE_TENSORS
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def position(checkpoint: Path) -> Position:
