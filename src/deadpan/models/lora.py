@@ -174,6 +174,12 @@ def adapter_parameters(model: PeftModel) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if any(mark in name for mark in marks)]
 
 
+def projector_parameters(model: PeftModel) -> list[nn.Parameter]:
+    """The weights of the trained projector, if it is trained."""
+    mark = f"{PROJECTOR}.modules_to_save."
+    return [p for name, p in model.named_parameters() if mark in name]
+
+
 def load(model: InternVLForConditionalGeneration, folder: Path, trainable: bool) -> PeftModel:
     """Put the adapter of a folder on its base model.
 

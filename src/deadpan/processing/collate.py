@@ -28,6 +28,7 @@ class Batch:
         names: The records in it.
         tokens: Tokens that are not padding.
         supervised: Tokens with a label, as far as one precedes them.
+        pictured: Whether a record has a picture.
     """
 
     input_ids: torch.Tensor
@@ -37,6 +38,7 @@ class Batch:
     names: list[str]
     tokens: int
     supervised: int
+    pictured: bool
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on a device."""
@@ -49,6 +51,7 @@ class Batch:
             self.names,
             self.tokens,
             self.supervised,
+            self.pictured,
         )
 
 
@@ -84,4 +87,5 @@ def collate(samples: Sequence[Sample], pad_id: int, packing: bool = False) -> Ba
         names=[sample.name for sample in samples],
         tokens=sum(lengths),
         supervised=int((labels != IGNORE_INDEX).sum()),
+        pictured=bool(pixels),
     )

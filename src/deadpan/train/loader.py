@@ -59,12 +59,13 @@ class MicroBatches(Dataset[tuple[MicroBatch, Batch | DeadpanError]]):
             return collate(samples, self._processor.pad_id, self._packing)
         batch = collate([*samples, self._blank], self._processor.pad_id, self._packing)
         tokens = batch.tokens - len(self._blank.input_ids)
-        return replace(batch, names=batch.names[:-1], tokens=tokens)
+        return replace(batch, names=batch.names[:-1], tokens=tokens, pictured=False)
 
 
 def blank(processor: Processor) -> Batch:
     """A micro-batch of which nothing is learned, for a process that has none when others do."""
-    return replace(collate([_blank_sample(processor)], processor.pad_id), names=[], tokens=0)
+    batch = collate([_blank_sample(processor)], processor.pad_id)
+    return replace(batch, names=[], tokens=0, pictured=False)
 
 
 def _blank_sample(processor: Processor) -> Sample:

@@ -29,6 +29,7 @@ from deadpan.config.schema import Recipe
 from deadpan.data.records import Record
 from deadpan.data.records import load as load_records
 from deadpan.errors import DeadpanError
+from deadpan.models import lora
 from deadpan.models.answer_loss import AnswerLoss
 from deadpan.models.attention import kernels
 from deadpan.processing.collate import Batch
@@ -416,14 +417,19 @@ class Trainer:
         """Do an optimizer step with this process's share of it; its metrics, and the tokens of all."""
         failures = [batch for batch in answers if isinstance(batch, DeadpanError)]
         share = [batch for batch in answers if not isinstance(batch, DeadpanError)]
-        supervised, tokens, failed = self.processes.sum(
+        supervised, tokens, pictured, failed = self.processes.sum(
             sum(batch.supervised for batch in share),
             sum(batch.tokens for batch in share),
+            sum(batch.pictured for batch in share),
             len(failures),
         )
         if failed:
             self.processes.share(failures[0] if failures else None)
         mean = self._gradients(share, supervised)
+        if not pictured:
+            # Blank pictures left zeros, by which an optimizer would move the projector all the same.
+            for parameter in lora.projector_parameters(self.model):
+                parameter.grad = None
         norm = self.parallel.clip(self.recipe.optimizer.max_grad_norm)
         if not (math.isfinite(mean) and math.isfinite(norm)):
             raise self._not_finite(step, share, mean, norm)

@@ -181,6 +181,8 @@ class ShardedOptimizer(Replicas):
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # On a CPU it would compile an exchange through shared memory as it starts, and gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._engine, *_ = deepspeed.initialize(
             # Of the model it sees what is trained alone: it would have frozen weights in one type with these.
             model=_Trained(self._parameters),
