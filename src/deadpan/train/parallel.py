@@ -229,9 +229,9 @@ class ShardedOptimizer(Replicas):
         if not part.dim():
             return part.cpu()
         # Partitions are flat and equally long; the last is filled up.
-        whole = part.new_empty(len(part) * self._processes.world)
-        distributed.all_gather_into_tensor(whole, part)
-        return whole.cpu()
+        parts = [torch.empty_like(part) for _ in range(self._processes.world)]
+        distributed.all_gather(parts, part)
+        return torch.cat([p.cpu() for p in parts])
 
 
 class _Trained(nn.Module):
