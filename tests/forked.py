@@ -2,11 +2,15 @@
 
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from accelerate.state import AcceleratorState
+from torch import distributed
 
 from deadpan.config.schema import Recipe
 from deadpan.train import state
@@ -40,6 +44,37 @@ def fork(work: Callable[[], int | None], output: Path) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def fork_ranks(recipe: Recipe, resume: bool | str, output: Path, world: int = 2) -> list[int]:
+    """A run in several child processes, as a launcher starts them; their ids, in the order of ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def start(rank: int) -> int:
+        def work() -> None:
+            os.environ |= {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world),
+                "LOCAL_WORLD_SIZE": str(world),
+            }
+            # The parent may have made an accelerator for itself.
+            AcceleratorState._reset_state(reset_partial_state=True)
+            Trainer(recipe, resume, Watcher()).train()
+            distributed.destroy_process_group()
+
+        return fork(work, output)
+
+    return [start(rank) for rank in range(world)]
+
+
+def exit_code(child: int) -> int:
+    """Wait for a child process: its exit code, or minus the number of the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 class Teller(Watcher):
@@ -107,7 +142,7 @@ class ForkedRun:
         """Wait for the end, which is brought about if asked: the exit code, or minus the signal's number."""
         if kill:
             os.kill(self.process, signal.SIGKILL)
-        _, status = os.waitpid(self.process, 0)
+        code = exit_code(self.process)
         os.close(self._about)
         os.close(self._allow)
-        return os.waitstatus_to_exitcode(status)
+        return code

@@ -6,6 +6,7 @@ evaluations, by the run's own progress and a random part of the time that such a
 """
 
 import json
+import os
 import random
 import signal
 import time
@@ -18,7 +19,7 @@ import torch
 
 from deadpan.config.schema import Recipe
 from deadpan.train import state
-from forked import EVALUATING, OPENING, SAVING, STEPPING, ForkedRun
+from forked import EVALUATING, OPENING, SAVING, STEPPING, ForkedRun, exit_code, fork_ranks
 from training import MakeRecipe, logged, recipes
 
 KILLS = 30
@@ -34,21 +35,21 @@ def make(tiny: Path, records: Path) -> MakeRecipe:
     return recipes(tiny, records)
 
 
-def recipe_of(make: MakeRecipe, run: Path) -> Recipe:
-    return make(
-        run,
-        lora={"lora_dropout": 0.05},
-        micro_batch_size=1,
-        gradient_accumulation_steps=2,
-        epochs=STEPS,
-        max_steps=STEPS,
-        data={"validation": 0.25},
+def recipe_of(make: MakeRecipe, run: Path, **changes: Any) -> Recipe:
+    settings: dict[str, Any] = {
+        "lora": {"lora_dropout": 0.05},
+        "micro_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "epochs": STEPS,
+        "max_steps": STEPS,
+        "data": {"validation": 0.25},
         # High enough for the held-out loss to rise in between: then the best checkpoint is an old one.
-        optimizer={"lr": 4e-3},
-        evaluation={"every_steps": 4, "max_new_tokens": 4, "memorisation_pictures": 1},
-        save_every_steps=1,
-        keep_checkpoints=2,
-    )
+        "optimizer": {"lr": 4e-3},
+        "evaluation": {"every_steps": 4, "max_new_tokens": 4, "memorisation_pictures": 1},
+        "save_every_steps": 1,
+        "keep_checkpoints": 2,
+    }
+    return make(run, **{**settings, **changes})
 
 
 def through(run: ForkedRun, took: dict[bytes, list[float]]) -> None:
@@ -156,3 +157,47 @@ def test_killed_thirty_times_a_run_comes_to_the_same_end(make: MakeRecipe, tmp_p
     assert names[0] == names[1]
     print(f"{killed} kills, {struck['saves']} amid a save, {struck['steps']} of {STEPS} steps done")
     print({what.decode(): round(1000 * seconds, 1) for what, seconds in usual.items()})
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_killed_in_one_process_or_both_two_processes_come_to_the_same_end(
+    make: MakeRecipe, tmp_path: Path, engine: str
+) -> None:
+    whole, run, output = tmp_path / "whole", tmp_path / "killed", tmp_path / "output.txt"
+    settings: dict[str, Any] = {
+        "distributed": {"engine": engine},
+        "max_steps": 20,
+        "evaluation": {"every_steps": 10, "max_new_tokens": 2, "memorisation_pictures": 1},
+    }
+    undisturbed = fork_ranks(recipe_of(make, whole, **settings), False, output)
+    assert [exit_code(child) for child in undisturbed] == [0, 0], output.read_text()
+
+    recipe = recipe_of(make, run, **settings)
+    chance = random.Random(engine)
+    log, done = run / "metrics.jsonl", 0
+    for victims in ([0, 1], [0], [1]):
+        children = fork_ranks(recipe, bool(state.checkpoints(run)), output)
+        until = done + chance.randint(1, 5)
+        while len(log.read_text().splitlines() if log.exists() else []) < until:
+            assert os.waitpid(children[0], os.WNOHANG) == (0, 0), output.read_text()
+            time.sleep(0.002)
+        time.sleep(chance.random() * 0.05)
+        for rank in victims:
+            os.kill(children[rank], signal.SIGKILL)
+        codes = [exit_code(child) for child in children]
+        assert [code == -signal.SIGKILL for code in codes] == [rank in victims for rank in (0, 1)]
+        assert 0 not in codes
+        left = state.checkpoints(run)
+        for checkpoint in left:
+            state.verify(checkpoint)
+        done = len(log.read_text().splitlines())
+    told = output.read_text()
+    assert told.count("Another process of the run has ended") == 2, told
+    assert not [line for line in logged(run) if line["step"] == 20]
+
+    assert [exit_code(child) for child in fork_ranks(recipe, True, output)] == [0, 0], told
+    assert without_clock(run) == without_clock(whole)
+    assert (run / "jokes.jsonl").read_bytes() == (whole / "jokes.jsonl").read_bytes()
+    for link in ("latest", "best"):
+        assert (run / link).readlink() == (whole / link).readlink()
+        assert_same_checkpoint(run / link, whole / link)

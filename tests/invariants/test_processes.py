@@ -6,6 +6,7 @@ which the last has a micro-batch for rank 0 alone.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from deadpan.config.loader import dump_recipe
 from deadpan.data.records import load
 from deadpan.errors import DeadpanError
 from deadpan.train.plan import Plan
+from forked import exit_code, fork_ranks
 from training import MakeRecipe, course, evaluations, identical, logged, recipes, result_of, train
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -131,6 +133,67 @@ def test_two_processes_are_one_with_twice_the_accumulation(
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
         assert torch.allclose(tensor, weights[1][name], rtol=0, atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    "distributed",
+    [
+        {"engine": "fsdp2"},
+        {"engine": "deepspeed", "zero_stage": 1},
+        {"engine": "deepspeed", "zero_stage": 2},
+    ],
+    ids=["fsdp2", "zero-1", "zero-2"],
+)
+def test_in_parts_it_is_the_same_run_and_goes_on_as_it_was(
+    make: MakeRecipe, data: Path, tmp_path: Path, distributed: dict[str, Any]
+) -> None:
+    zero = distributed["engine"] == "deepspeed"
+    if zero:
+        pytest.importorskip("deepspeed")
+    settings: dict[str, Any] = {
+        "lora": {"lora_dropout": 0.0},
+        "data": {"validation": data / "held-out.json"},
+        "evaluation": {"max_new_tokens": 4},
+        "micro_batch_size": 1,
+        "epochs": 2,
+        "save_every_steps": 1,
+        "keep_checkpoints": 9,
+        "seed": 2 if zero else 0,
+    }
+    output = tmp_path / "output.txt"
+    one = make(tmp_path / "one", gradient_accumulation_steps=4, **settings)
+    plan = Plan(5, one.epochs, 1, 4, one.seed, None)
+    alone = [{i for batch in step for i in batch.indices} == {2} for step in plan.steps_after(0)]
+    # Of a step without any picture ZeRO's partitions have zeros, where the others have no gradient.
+    assert any(alone) is not zero
+    train(one)
+    two = make(
+        tmp_path / "two", gradient_accumulation_steps=2, distributed=distributed, **settings
+    )
+    assert [exit_code(rank) for rank in fork_ranks(two, False, output)] == [0, 0], output.read_text()
+    assert len(course(tmp_path / "one")) == 4
+    for (_, *expected), (_, *found) in zip(
+        *(course(tmp_path / name) for name in ("one", "two")), strict=True
+    ):
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    for before, after in zip(*map(evaluations, (tmp_path / "one", tmp_path / "two")), strict=True):
+        assert after["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-6)
+    # Whole, under PEFT's names: what reads one checkpoint reads the other.
+    weights = [
+        load_file(tmp_path / name / "latest/adapter_model.safetensors") for name in ("one", "two")
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        assert torch.allclose(tensor, weights[1][name], rtol=0, atol=1e-5), name
+
+    shutil.copytree(tmp_path / "two", tmp_path / "again", symlinks=True)
+    again = two.model_copy(update={"run": str(tmp_path / "again")})
+    ranks = fork_ranks(again, "step-000002", output)
+    assert [exit_code(rank) for rank in ranks] == [0, 0], output.read_text()
+    assert (tmp_path / "again/checkpoints/step-000003.aside").is_dir()
+    assert course(tmp_path / "again") == course(tmp_path / "two")
+    assert evaluations(tmp_path / "again") == evaluations(tmp_path / "two")
+    assert identical(*(result_of(tmp_path / name / "latest") for name in ("again", "two")))
 
 
 def test_stopped_and_resumed_is_uninterrupted_and_another_number_is_refused(

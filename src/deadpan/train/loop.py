@@ -210,7 +210,7 @@ class Trainer:
         """Run to the end, or until SIGINT or SIGTERM asks to stop; either way the last step is saved."""
         if self.recipe.micro_batch_size == "auto":
             self.divide(choose_micro_batch_size(self))
-        with self._memory_explained():
+        with self.processes.losses_explained(), self._memory_explained():
             return self._train()
 
     def divide(self, micro_batch_size: int) -> None:

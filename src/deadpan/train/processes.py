@@ -30,6 +30,10 @@ from deadpan.train.memory import ran_out
 _PATIENCE = timedelta(hours=2)
 """How long ranks wait for one another: rank 0 evaluates and saves while the others do."""
 _DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+_STARTED_AS_ONE_OF_SEVERAL = {
+    "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE",
+}  # fmt: skip
+"""What torchrun and the kinds of MPI tell a process."""
 
 T = TypeVar("T")
 
@@ -68,6 +72,7 @@ class Processes:
     """
 
     def __init__(self, device: str) -> None:
+        _check_launcher()
         self.local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         with one_of_a_host_tells():
             chosen = choose_device(device)
@@ -81,10 +86,11 @@ class Processes:
         )
         if self.accelerator.distributed_type not in _DATA_PARALLEL:
             raise DeadpanError(
-                "Several processes train data-parallel only.",
+                "The recipe says how processes share the work, not the launcher.",
                 expected="MULTI_GPU or MULTI_CPU",
                 found=str(self.accelerator.distributed_type.value),
-                fix="start it with torchrun, or choose no DeepSpeed and no FSDP in accelerate config",
+                fix="start it with torchrun or accelerate launch --multi_gpu; distributed.engine in "
+                "the recipe chooses DeepSpeed or FSDP2",
             )
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device if self.world > 1 else chosen
@@ -240,13 +246,28 @@ class Processes:
         except RuntimeError as error:
             if ran_out(error):
                 raise
-            raise self.shared(
-                DeadpanError(
-                    "Another process of the run has ended, or cannot be reached.",
-                    found=(str(error).splitlines() or ["no message"])[0],
-                    fix="its own message says why; go on from the newest checkpoint with --resume",
-                )
-            ) from None
+            raise self._lost(error) from None
+
+    @contextmanager
+    def losses_explained(self) -> Iterator[None]:
+        """Tell of a lost process in one message, where others than these methods exchange something."""
+        try:
+            yield
+        except RuntimeError as error:
+            # NCCL's errors have a class of their own, gloo's its name in the text.
+            if not (isinstance(error, distributed.DistError) or "gloo" in str(error)):
+                raise
+            raise self._lost(error) from None
+
+    def _lost(self, error: RuntimeError) -> DeadpanError:
+        told = DeadpanError(
+            "Another process of the run has ended, or cannot be reached.",
+            found=(str(error).splitlines() or ["no message"])[0],
+            fix="its own message says why; go on from the newest checkpoint with --resume",
+        )
+        # Two tell it, since one of them may be the one that is lost.
+        told.told_elsewhere = self.rank > 1
+        return told
 
 
 def check_recipe(recipe: Recipe, world: int, dry_run: bool) -> None:
@@ -273,6 +294,21 @@ def check_recipe(recipe: Recipe, world: int, dry_run: bool) -> None:
             f"{recipe.effective_batch_size * world}",
             found=str(recipe.samples_per_step),
             fix="set samples_per_step=null; gradient_accumulation_steps=N decides the samples",
+        )
+
+
+def _check_launcher() -> None:
+    """Refuse to be the one process that accelerate starts where several were asked for.
+
+    Without --multi_gpu, `accelerate launch --num_processes 2` leaves it to MPI to start them.
+    """
+    asked = {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys()
+    if asked and not _STARTED_AS_ONE_OF_SEVERAL & os.environ.keys():
+        raise DeadpanError(
+            "accelerate has started one process, and was asked for several.",
+            where="accelerate launch",
+            fix="torchrun --nproc-per-node N --no-python deadpan train RECIPE, or accelerate launch "
+            "--multi_gpu --num_processes N --no_python deadpan train RECIPE, both on a CPU too",
         )
 
 
