@@ -186,8 +186,8 @@ def any_size() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-# TensorBoard writes in a thread of its own, which tells its error a second time as it dies.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+# TensorBoard writes in a thread of its own, which would tell its error by a traceback as it dies.
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize("trackers", [[], ["tensorboard"]])
 def test_metrics_that_cannot_be_written_end_the_run(

@@ -108,6 +108,11 @@ def leaves(recipe: Recipe) -> dict[str, Any]:
     return found
 
 
+def is_full(error: BaseException | None) -> bool:
+    """Whether the system says that no more may be written."""
+    return isinstance(error, OSError) and error.errno in _FULL
+
+
 @contextmanager
 def writing(run: Path, only_full: bool = False) -> Iterator[None]:
     """Turn what the system says when a file cannot be written into one message.
@@ -119,7 +124,7 @@ def writing(run: Path, only_full: bool = False) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if only_full and error.errno not in _FULL:
+        if only_full and not is_full(error):
             raise
         # A failure may name the temporary file, and that of an open file names none.
         saved = state.checkpoints(run) if run.is_dir() else []

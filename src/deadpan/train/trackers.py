@@ -7,6 +7,7 @@ lines no longer count.
 
 import importlib.util
 import json
+import threading
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from accelerate.tracking import (
 
 from deadpan.config.schema import Recipe
 from deadpan.errors import DeadpanError
-from deadpan.train.run_folder import closing, leaves, writing
+from deadpan.train.run_folder import closing, is_full, leaves, writing
 from deadpan.train.state import write_whole
 
 _PROJECT = "deadpan"
@@ -71,8 +72,13 @@ class Trackers:
         self, accelerator: Accelerator, names: Sequence[str], run: Path, recipe: Recipe, done: int
     ) -> None:
         self._accelerator, self._run = accelerator, run
-        with writing(run, only_full=True):
-            self._start(names, recipe, done)
+        self._excepthook, threading.excepthook = threading.excepthook, self._thread_ends
+        try:
+            with writing(run, only_full=True):
+                self._start(names, recipe, done)
+        except BaseException:
+            threading.excepthook = self._excepthook
+            raise
 
     def _start(self, names: Sequence[str], recipe: Recipe, done: int) -> None:
         accelerator, run = self._accelerator, self._run
@@ -98,10 +104,18 @@ class Trackers:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        with closing(self._run, error, only_full=True):
-            # Not end_training, which would end the process group as well.
-            for tracker in self._accelerator.trackers:
-                tracker.finish()
+        try:
+            with closing(self._run, error, only_full=True):
+                # Not end_training, which would end the process group as well.
+                for tracker in self._accelerator.trackers:
+                    tracker.finish()
+        finally:
+            threading.excepthook = self._excepthook
+
+    def _thread_ends(self, arguments: threading.ExceptHookArgs) -> None:
+        """Leave a full disk to be told by the next call, which TensorBoard's thread hands its error to."""
+        if not is_full(arguments.exc_value):
+            self._excepthook(arguments)
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Track the metrics of a step or of an evaluation."""
