@@ -167,10 +167,10 @@ def test_in_parts_it_is_the_same_run_and_goes_on_as_it_was(
     # Of a step without any picture ZeRO's partitions have zeros, where the others have no gradient.
     assert any(alone) is not zero
     train(one)
-    two = make(
-        tmp_path / "two", gradient_accumulation_steps=2, distributed=distributed, **settings
+    two = make(tmp_path / "two", gradient_accumulation_steps=2, distributed=distributed, **settings)
+    assert [exit_code(rank) for rank in fork_ranks(two, False, output)] == [0, 0], (
+        output.read_text()
     )
-    assert [exit_code(rank) for rank in fork_ranks(two, False, output)] == [0, 0], output.read_text()
     assert len(course(tmp_path / "one")) == 4
     for (_, *expected), (_, *found) in zip(
         *(course(tmp_path / name) for name in ("one", "two")), strict=True
