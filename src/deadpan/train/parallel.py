@@ -9,6 +9,7 @@ optimizer's state whole, by rank 0 (docs/adr/0013).
 import importlib.util
 import logging
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -109,6 +110,8 @@ class ShardedWeights(Replicas):
         return torch.device("cpu")
 
     def share_model(self, model: PeftModel) -> None:
+        # Nothing is done in place to what the inner model returns.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
         plain, device = plain_model(model), self._processes.device
         mesh = distributed.init_device_mesh(device.type, (self._processes.world,))
         head, tied = plain.lm_head, plain.config.tie_word_embeddings
@@ -180,6 +183,8 @@ class ShardedOptimizer(Replicas):
         os.environ.setdefault("DS_ACCELERATOR", self._processes.device.type)
         import deepspeed
 
+        # DeepSpeed's own calls, of which its next version will know.
+        warnings.filterwarnings("ignore", ".* is deprecated", FutureWarning, "torch.distributed")
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # On a CPU it would compile an exchange through shared memory as it starts, and gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -256,7 +261,7 @@ def choose(recipe: schema.Recipe, processes: Processes) -> Replicas:
         raise DeadpanError(
             "DeepSpeed is not installed.",
             where="distributed.engine: deepspeed",
-            fix="DS_BUILD_OPS=0 pip install 'deadpan[deepspeed]', or set distributed.engine=auto",
+            fix="DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed, or set distributed.engine=auto",
         )
     if processes.world == 1 or engine in ("auto", "ddp"):
         return Replicas(processes)
