@@ -12,9 +12,8 @@ from peft import PeftModel
 from deadpan.checkpoints.load import load
 from deadpan.data.records import load as load_records
 from deadpan.models import lora
-from deadpan.models.answer_loss import AnswerLoss, plain_model
-from deadpan.models.fused import _dropped
-from deadpan.models.fused_loss import FusedLoss, picture_features
+from deadpan.models.answer_loss import AnswerLoss
+from deadpan.models.fused_loss import FusedLoss
 from deadpan.processing.collate import Batch, collate
 from deadpan.processing.processor import Processor, Sample, load_processor
 from make_tiny_model import make_official
@@ -80,9 +79,7 @@ def test_loss_and_gradients_are_those_of_transformers(
     assert_equal(expected, found, batch.supervised)
 
 
-def test_so_they_are_with_adapters_on_some_layers_only(
-    folder: Path, samples: list[Sample]
-) -> None:
+def test_so_they_are_with_adapters_on_some_layers_only(folder: Path, samples: list[Sample]) -> None:
     model = adapted(folder, ["q_proj", "v_proj", "up_proj"])
     batch = collate(samples, 0, packing=True)
     expected = plain(model, batch)

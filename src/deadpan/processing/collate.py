@@ -7,8 +7,8 @@ Packing lays samples end to end in one row whose position ids start again at 0 w
 the mask that keeps samples apart from those restarts.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,15 +40,20 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch where a GPU can fetch it by itself."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         pixels = self.pixel_values
-        return Batch(
-            self.input_ids.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            self.position_ids.to(device, non_blocking=True),
-            None if pixels is None else pixels.to(device, non_blocking=True),
-            self.names,
-            self.tokens,
-            self.supervised,
+        return replace(
+            self,
+            input_ids=function(self.input_ids),
+            labels=function(self.labels),
+            position_ids=function(self.position_ids),
+            pixel_values=None if pixels is None else function(pixels),
         )
 
 
