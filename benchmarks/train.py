@@ -424,7 +424,13 @@ def main() -> None:
         for name in arguments.rows:
             row = ROWS[name]
             try:
-                figures, gradient = measure(row, kind, tiny, reference, name in arguments.profile)
+                figures, gradient = measure(
+                    row,
+                    kind,
+                    tiny,
+                    None if kind == "shared" else reference,  # other samples
+                    name in arguments.profile,
+                )
             except torch.OutOfMemoryError:
                 print(f"{kind:7} {row.name:34} out of memory", flush=True)
                 table.append({"row": row.name, "tiles": kind, "error": "out of memory"})
