@@ -83,8 +83,9 @@ def _dropped(x: torch.Tensor, share: float, seed: torch.Tensor) -> torch.Tensor:
     domain), in 32-bit arithmetic that wraps around.
     """
     rows, columns = x.shape
-    at = torch.arange(rows, device=x.device, dtype=torch.int32)[:, None] * columns
-    bits = (at + torch.arange(columns, device=x.device, dtype=torch.int32)) * -1640531535 + seed
+    row = torch.arange(rows, device=x.device, dtype=torch.int32)[:, None] * columns
+    place = row + torch.arange(columns, device=x.device, dtype=torch.int32)
+    bits = (place ^ seed) * -1640531535
     bits = (bits ^ ((bits >> 16) & 0xFFFF)) * -2048144789
     bits = (bits ^ ((bits >> 13) & 0x7FFFF)) * -1028477387
     bits = (bits ^ ((bits >> 16) & 0xFFFF)) & 0x7FFFFFFF
@@ -159,6 +160,13 @@ def _quantise(
     x: torch.Tensor, share: float, seed: torch.Tensor, fp8: bool
 ) -> tuple[torch.Tensor | None, ...]:
     return _outputs(x, share, seed, fp8)
+
+
+@_compiled
+def _add_dropped(
+    x: torch.Tensor, y: torch.Tensor, share: float, seed: torch.Tensor
+) -> torch.Tensor:
+    return x + _dropped(y, share, seed)
 
 
 @_compiled
@@ -248,16 +256,26 @@ class Adapted:
         ends = torch.tensor(self.frozen.sizes).cumsum(0).tolist()
         self._places = [slice(ends[i] - self.frozen.sizes[i], ends[i]) for i, _ in self._adapted]
 
-    def cast(self) -> "Cast | None":
-        """The adapters' weights in the type computed in."""
+    def buffers(self, device: torch.device) -> "Cast | None":
+        """Room for the adapters' weights in the type computed in."""
         if not self._adapted:
             return None
-        low = torch.cat([a.detach() for a in self.parameters[::2]]).to(self._dtype)
+        columns = self.parameters[0].shape[1]
+        low = torch.empty(sum(self._ranks), columns, dtype=self._dtype, device=device)
         high = [
-            (b.detach() * scale).to(self._dtype)
-            for b, scale in zip(self.parameters[1::2], self._scales, strict=True)
+            torch.empty(b.shape, dtype=self._dtype, device=device) for b in self.parameters[1::2]
         ]
         return Cast(low, high)
+
+    def parts(self, cast: "Cast") -> list[torch.Tensor]:
+        """The buffers' places for `parameters`."""
+        lows = cast.low.split(self._ranks)
+        return [t for pair in zip(lows, cast.high, strict=True) for t in pair]
+
+    @property
+    def scales(self) -> list[float]:
+        """What each of `parameters` is multiplied by on the way: 1 for A, lora_alpha / r for B."""
+        return [factor for scale in self._scales for factor in (1.0, scale)]
 
     def forward(
         self, x: Rows, dropped: torch.Tensor | None, cast: "Cast | None"
@@ -296,7 +314,7 @@ class Adapted:
         if cast is None:
             return out, None, lambda inputs: []
         assert narrow is not None
-        value, scales = grad.value, self._scales
+        value = grad.value
         wide = torch.empty_like(narrow)
         for place, part, high in zip(
             self._places, wide.split(self._ranks, 1), cast.high, strict=True
@@ -309,12 +327,10 @@ class Adapted:
             out.addmm_(wide, cast.low)
 
         def later(inputs: torch.Tensor) -> list[torch.Tensor]:
-            lows = (wide.T @ inputs).float().split(self._ranks)
+            lows = _wide_product(wide.T, inputs).split(self._ranks)
             highs = [
-                (value[:, place].T @ part).float().mul_(scale)
-                for place, part, scale in zip(
-                    self._places, narrow.split(self._ranks, 1), scales, strict=True
-                )
+                _wide_product(value[:, place].T, part)
+                for place, part in zip(self._places, narrow.split(self._ranks, 1), strict=True)
             ]
             return [g for pair in zip(lows, highs, strict=True) for g in pair]
 
@@ -322,6 +338,11 @@ class Adapted:
 
 
 Later = Callable[[torch.Tensor], list[torch.Tensor]]
+
+
+def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The product in float32, in which gradients are summed."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
 
 
 class Cast(NamedTuple):
@@ -369,6 +390,13 @@ class Layer:
         self.fp8 = fp8
         self.groups = (self.qkv, self.o, self.gate_up, self.down)
         self.parameters = [p for group in self.groups for p in group.parameters]
+        self.scales = [scale for group in self.groups for scale in group.scales]
+        self.casts = [group.buffers(attention.q_proj.weight.device) for group in self.groups]
+        self.parts = [
+            part
+            for group, cast in zip(self.groups, self.casts, strict=True)
+            for part in (group.parts(cast) if cast else [])
+        ]
 
 
 @dataclass(frozen=True)
@@ -395,7 +423,6 @@ class _Kept(NamedTuple):
 
     normed: tuple[torch.Tensor, torch.Tensor]  # after dropout
     narrow: list[torch.Tensor | None]
-    casts: list[Cast | None]
     qkv: torch.Tensor
     attended: torch.Tensor
     read: torch.Tensor  # the wanted rows of it, after dropout
@@ -405,12 +432,16 @@ class _Kept(NamedTuple):
 
 
 def _layer_forward(
-    layer: Layer, row: Row, x: torch.Tensor, seed: torch.Tensor, wanted: torch.Tensor | None
+    layer: Layer,
+    row: Row,
+    x: torch.Tensor,
+    seeds: Sequence[torch.Tensor],
+    wanted: torch.Tensor | None,
 ) -> tuple[torch.Tensor, _Kept]:
     share, fp8 = row.dropout, layer.fp8
-    casts = [group.cast() for group in layer.groups]
+    casts = layer.casts
     weight, eps = layer.norms[0]
-    n1, d1, *q1 = _norm(x, weight, eps, share, seed, fp8)
+    n1, d1, *q1 = _norm(x, weight, eps, share, seeds[0], fp8)
     qkv, a1 = layer.qkv.forward(Rows(n1, *q1), d1, casts[0])
     heads, key_heads = layer.heads, layer.key_heads
     qkv = qkv.view(len(x), heads + 2 * key_heads, layer.dim)
@@ -419,17 +450,16 @@ def _layer_forward(
     attended, lse = attend(q, k, v, row.segments, row.positions)
     attended = attended.reshape(len(x), -1)
     read, x = (attended, x) if wanted is None else (attended[wanted], x[wanted])
-    _, d2, *q2 = _quantise(read, share, seed + 1, fp8)
+    _, d2, *q2 = _quantise(read, share, seeds[1], fp8)
     y, a2 = layer.o.forward(Rows(read, *q2), d2, casts[1])
     weight, eps = layer.norms[1]
-    middle, n3, d3, *q3 = _add_norm(x, y, weight, eps, share, seed + 2, fp8)
+    middle, n3, d3, *q3 = _add_norm(x, y, weight, eps, share, seeds[2], fp8)
     gate_up, a3 = layer.gate_up.forward(Rows(n3, *q3), d3, casts[2])
-    h, d4, *q4 = _swiglu(gate_up, share, seed + 3, fp8)
+    h, d4, *q4 = _swiglu(gate_up, share, seeds[3], fp8)
     y, a4 = layer.down.forward(Rows(h, *q4), d4, casts[3])
     kept = _Kept(
         (n1 if d1 is None else d1, n3 if d3 is None else d3),
         [a1, a2, a3, a4],
-        casts,
         qkv,
         attended,
         read if d2 is None else d2,
@@ -444,31 +474,36 @@ def _layer_backward(
     layer: Layer,
     row: Row,
     x: torch.Tensor,
-    seed: torch.Tensor,
+    seeds: Sequence[torch.Tensor],
     wanted: torch.Tensor | None,
     kept: _Kept,
     grad: torch.Tensor,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     share, fp8 = row.dropout, layer.fp8
     masked = share > 0
-    none = torch.zeros((), dtype=torch.int32, device=x.device)
+    _, _, *q = _quantise(grad, 0.0, seeds[0], fp8)
+    dh, low, later_down = layer.down.backward(
+        Rows(grad, *q), kept.narrow[3], layer.casts[3], masked
+    )
+    if fp8:
+        from deadpan.models.kernels import swiglu_backward
 
-    _, _, *q = _quantise(grad, 0.0, none, fp8)
-    dh, low, later_down = layer.down.backward(Rows(grad, *q), kept.narrow[3], kept.casts[3], masked)
-    d_gate_up, h, *q = _swiglu_backward(kept.gate_up, dh, low, share, seed + 3, fp8)
+        d_gate_up, h, *q = swiglu_backward(kept.gate_up, dh, low, share, seeds[3])
+    else:
+        d_gate_up, h, *q = _swiglu_backward(kept.gate_up, dh, low, share, seeds[3], fp8)
     g_down = later_down(h)
     del dh, h
     dn, low, later = layer.gate_up.backward(
-        Rows(d_gate_up, *q), kept.narrow[2], kept.casts[2], masked
+        Rows(d_gate_up, *q), kept.narrow[2], layer.casts[2], masked
     )
     g_gate_up = later(kept.normed[1])
     del d_gate_up
     weight, eps = layer.norms[1]
-    d_middle, *q = _norm_backward(kept.middle, weight, eps, dn, low, grad, share, seed + 2, fp8)
+    d_middle, *q = _norm_backward(kept.middle, weight, eps, dn, low, grad, share, seeds[2], fp8)
 
-    da, low, later = layer.o.backward(Rows(d_middle, *q), kept.narrow[1], kept.casts[1], masked)
+    da, low, later = layer.o.backward(Rows(d_middle, *q), kept.narrow[1], layer.casts[1], masked)
     if low is not None:
-        da = da + _dropped(low, share, seed + 1)
+        da = _add_dropped(da, low, share, seeds[1])
     g_o = later(kept.read)
     if wanted is not None:
         da = torch.zeros_like(kept.attended).index_copy_(0, wanted, da)
@@ -486,11 +521,14 @@ def _layer_backward(
         row.positions,
     )
     d_qkv, *q = _rotate_back(dq, dk, dv, row.cos, row.sin, fp8)
-    dn, low, later = layer.qkv.backward(Rows(d_qkv, *q), kept.narrow[0], kept.casts[0], masked)
+    dn, low, later = layer.qkv.backward(Rows(d_qkv, *q), kept.narrow[0], layer.casts[0], masked)
     g_qkv = later(kept.normed[0])
     weight, eps = layer.norms[0]
-    dx, *_ = _norm_backward(x, weight, eps, dn, low, d_middle, share, seed, False)
-    return dx, [*g_qkv, *g_o, *g_gate_up, *g_down]
+    dx, *_ = _norm_backward(x, weight, eps, dn, low, d_middle, share, seeds[0], False)
+    gradients = [*g_qkv, *g_o, *g_gate_up, *g_down]
+    if gradients:
+        torch._foreach_mul_(gradients, layer.scales)
+    return dx, gradients
 
 
 class _LayerFunction(torch.autograd.Function):
@@ -500,25 +538,25 @@ class _LayerFunction(torch.autograd.Function):
         x: torch.Tensor,
         layer: Layer,
         row: Row,
-        seed: torch.Tensor,
+        seeds: Sequence[torch.Tensor],
         wanted: torch.Tensor | None,
         checkpoint: bool,
         *_: torch.Tensor,
     ) -> torch.Tensor:
-        out, kept = _layer_forward(layer, row, x, seed, wanted)
-        ctx.save_for_backward(x, seed)
-        ctx.layer, ctx.row, ctx.wanted = layer, row, wanted
+        out, kept = _layer_forward(layer, row, x, seeds, wanted)
+        ctx.save_for_backward(x)
+        ctx.layer, ctx.row, ctx.seeds, ctx.wanted = layer, row, seeds, wanted
         ctx.kept = None if checkpoint else kept
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, seed = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None
         if kept is None:
-            _, kept = _layer_forward(ctx.layer, ctx.row, x, seed, ctx.wanted)
+            _, kept = _layer_forward(ctx.layer, ctx.row, x, ctx.seeds, ctx.wanted)
         grad = grads[0].to(x.dtype).contiguous()
-        dx, gradients = _layer_backward(ctx.layer, ctx.row, x, seed, ctx.wanted, kept, grad)
+        dx, gradients = _layer_backward(ctx.layer, ctx.row, x, ctx.seeds, ctx.wanted, kept, grad)
         return dx, None, None, None, None, None, *gradients
 
 
@@ -544,6 +582,9 @@ class FusedDecoder:
         self._language_model = model.model.language_model
         self._dtype, self._dropout, self._checkpoint = dtype, dropout, checkpoint
         self.layers = [Layer(layer, dtype, fp8) for layer in self._language_model.layers]
+        self._parameters = [p for layer in self.layers for p in layer.parameters]
+        self._parts = [part for layer in self.layers for part in layer.parts]
+        self._scales = [scale for layer in self.layers for scale in layer.scales]
 
     def __call__(
         self,
@@ -570,11 +611,16 @@ class FusedDecoder:
         cos, sin = self._language_model.rotary_emb(x[None], position_ids[None])
         training = self._language_model.training
         row = Row(cos[0], sin[0], position_ids, segments, self._dropout if training else 0.0)
-        seeds = torch.zeros(len(self.layers), dtype=torch.int32)
+        seeds = torch.zeros(len(self.layers), len(_PARTS), dtype=torch.int32)
         if row.dropout:
             seeds = torch.randint(-(2**31), 2**31, seeds.shape).to(torch.int32)
         seeds = seeds.to(x.device, non_blocking=True)
-        for layer, seed in zip(self.layers, seeds, strict=True):
+        with torch.no_grad():
+            torch._foreach_copy_(self._parts, self._parameters)
+            torch._foreach_mul_(self._parts, self._scales)
+        for layer, of_layer in zip(self.layers, seeds.unbind(), strict=True):
             rows = wanted if layer is self.layers[-1] else None
-            x = _LayerFunction.apply(x, layer, row, seed, rows, self._checkpoint, *layer.parameters)
+            x = _LayerFunction.apply(
+                x, layer, row, of_layer.unbind(), rows, self._checkpoint, *layer.parameters
+            )
         return self._language_model.norm(x)

@@ -54,18 +54,19 @@ class Segments:
         Args:
             position_ids: int64 of shape (token), on the CPU: reading them elsewhere would wait for the device.
         """
-        positions = position_ids.tolist()
-        begins = [
-            i for i, p in enumerate(positions) if i == 0 or p == 0 or p != positions[i - 1] + 1
-        ]
-        ends = [*begins[1:], len(positions)]
+        jumps = position_ids.diff(prepend=position_ids[:1] - 2) != 1
+        jumps |= position_ids == 0
+        begins = jumps.nonzero().flatten().tolist()
+        continued = position_ids[begins].tolist()
+        count = len(position_ids)
+        ends = [*begins[1:], count]
         # Of each sample: its first token, the length of its prefix, the tokens of further answers.
         samples: list[tuple[int, list[tuple[int, range]]]] = []
-        for begin, end in zip(begins, ends, strict=True):
-            if positions[begin] == 0:
+        for begin, end, length in zip(begins, ends, continued, strict=True):
+            if length == 0:
                 samples.append((begin, []))
             else:
-                samples[-1][1].append((positions[begin], range(begin, end)))
+                samples[-1][1].append((length, range(begin, end)))
         readers: list[int] = []
         read: list[int] = []
         reader_starts, read_starts = [0], [0]
@@ -84,15 +85,15 @@ class Segments:
             return max((b - a for a, b in pairwise(starts)), default=0)
 
         return cls(
-            starts=int32([*begins, len(positions)]),
-            longest=longest([*begins, len(positions)]),
+            starts=int32([*begins, count]),
+            longest=longest([*begins, count]),
             readers=torch.tensor(readers) if readers else None,
             reader_starts=int32(reader_starts) if readers else None,
             most_readers=longest(reader_starts),
             read=torch.tensor(read) if readers else None,
             read_starts=int32(read_starts) if readers else None,
             most_read=longest(read_starts),
-            samples=tuple(zip(firsts, [*firsts[1:], len(positions)], strict=True)),
+            samples=tuple(zip(firsts, [*firsts[1:], count], strict=True)),
         )
 
     def to(self, device: torch.device) -> "Segments":
