@@ -26,7 +26,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -215,16 +215,18 @@ def make_steps(kind: str, row: Row, tiny: bool) -> list[list[Batch]]:
     return steps
 
 
-def loss_function(row: Row, model: PeftModel) -> Callable[[Batch, Any], torch.Tensor]:
+def loss_function(row: Row, model: PeftModel) -> Callable[[Batch], torch.Tensor]:
     """From a batch on the CPU, and its features, to the summed loss."""
     device = next(model.parameters()).device
     dtype = torch.bfloat16
     if row.fused:
-        return FusedLoss(model, dtype, row.quantization == "fp8", row.dropout, row.checkpoint)
+        fused = FusedLoss(model, dtype, row.quantization == "fp8", row.dropout)
+        fused.checkpoint = row.checkpoint
+        return fused
     answers = AnswerLoss(model)
     plain: InternVLForConditionalGeneration = plain_model(model)
 
-    def compute(batch: Batch, _: Any) -> torch.Tensor:
+    def compute(batch: Batch) -> torch.Tensor:
         moved = batch.to(device)
         with torch.autocast(device.type, dtype):
             if not row.full_logits:
@@ -240,6 +242,11 @@ def loss_function(row: Row, model: PeftModel) -> Callable[[Batch, Any], torch.Te
         return out.loss * batch.supervised
 
     return compute
+
+
+def seen(batch: Batch, features: torch.Tensor) -> Batch:
+    """The batch whose pictures' features are known."""
+    return replace(batch, pixel_values=None, features=features)
 
 
 def pinned(batch: Batch) -> Batch:
@@ -280,8 +287,7 @@ def measure(
             for batch in step:
                 known = features.get(id(batch))
                 with kernels():
-                    moved = None if known is None else known.to(device, non_blocking=True)
-                    loss = loss_of(batch, moved)
+                    loss = loss_of(batch if known is None else seen(batch, known))
                     (loss / supervised).backward()
                 total += loss.detach()
             if not number:

@@ -45,6 +45,12 @@ def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x.float() / scale).to(FP8), scale
 
 
+def rounded(weight: torch.Tensor) -> torch.Tensor:
+    """The numbers that a weight (out, in) stands for once it is held in FP8."""
+    quantised, scale = quantise_rows(weight)
+    return (quantised.float() * scale).to(weight.dtype)
+
+
 def has_fp8(device: torch.device) -> bool:
     """Whether the device multiplies in FP8 with a scale for each row (compute capability 9 and up)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -568,7 +568,6 @@ class FusedDecoder:
         dtype: The type to compute in.
         fp8: Multiply the frozen weights in FP8.
         dropout: The adapters' dropout.
-        checkpoint: Keep only the layers' inputs and compute the rest again in the backward pass.
     """
 
     def __init__(
@@ -577,10 +576,9 @@ class FusedDecoder:
         dtype: torch.dtype,
         fp8: bool,
         dropout: float,
-        checkpoint: bool,
     ) -> None:
         self._language_model = model.model.language_model
-        self._dtype, self._dropout, self._checkpoint = dtype, dropout, checkpoint
+        self._dtype, self._dropout = dtype, dropout
         self.layers = [Layer(layer, dtype, fp8) for layer in self._language_model.layers]
         self._parameters = [p for layer in self.layers for p in layer.parameters]
         self._parts = [part for layer in self.layers for part in layer.parts]
@@ -592,6 +590,7 @@ class FusedDecoder:
         position_ids: torch.Tensor,
         segments: Segments,
         wanted: torch.Tensor,
+        checkpoint: bool = False,
     ) -> torch.Tensor:
         """Hidden states after the last norm, where they are wanted.
 
@@ -603,6 +602,7 @@ class FusedDecoder:
             position_ids: int64 of shape (token).
             segments: Where the samples lie.
             wanted: Tokens, int64 of shape (wanted).
+            checkpoint: Keep only the layers' inputs and compute the rest again in the backward pass.
 
         Returns:
             Of shape (wanted, hidden).
@@ -621,6 +621,6 @@ class FusedDecoder:
         for layer, of_layer in zip(self.layers, seeds.unbind(), strict=True):
             rows = wanted if layer is self.layers[-1] else None
             x = _LayerFunction.apply(
-                x, layer, row, of_layer.unbind(), rows, self._checkpoint, *layer.parameters
+                x, layer, row, of_layer.unbind(), rows, checkpoint, *layer.parameters
             )
         return self._language_model.norm(x)

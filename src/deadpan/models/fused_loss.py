@@ -5,6 +5,8 @@ predict something, and where its samples lie is read off the batch while it is o
 nothing waits for the GPU to tell.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional
 from transformers import InternVLForConditionalGeneration
@@ -37,6 +39,9 @@ def picture_features(
     return shuffled.flatten(1, 2)
 
 
+Keep = Callable[[torch.Tensor], None]
+
+
 class FusedLoss:
     """Sums the cross-entropy of a batch's supervised tokens.
 
@@ -45,7 +50,9 @@ class FusedLoss:
         dtype: The type to compute in.
         fp8: Multiply the language model's frozen weights in FP8.
         dropout: The adapters' dropout.
-        checkpoint: Keep only each layer's input and compute the rest again in the backward pass.
+
+    Attributes:
+        checkpoint: Whether only each layer's input is kept and the rest computed again in the backward pass.
     """
 
     def __init__(
@@ -54,42 +61,51 @@ class FusedLoss:
         dtype: torch.dtype,
         fp8: bool = False,
         dropout: float = 0.0,
-        checkpoint: bool = False,
     ) -> None:
         self._model = plain_model(model)
         self._dtype = dtype
-        self._decoder = FusedDecoder(self._model, dtype, fp8, dropout, checkpoint)
+        self._decoder = FusedDecoder(self._model, dtype, fp8, dropout)
+        self.checkpoint = False
 
-    def __call__(self, batch: Batch, features: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, batch: Batch, keep: Keep | None = None) -> torch.Tensor:
         """Sum the loss of a micro-batch.
 
         Args:
             batch: On the CPU; padded or packed.
-            features: What `picture_features` gives for its pictures, if it is known.
+            keep: Is given what the vision tower saw, if that was not known.
 
         Returns:
             float32 scalar: the sum over supervised tokens of -log p(token | what precedes it).
         """
         model = self._model
         device = model.lm_head.weight.device
-        next_labels = functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
-        wanted = (next_labels != IGNORE_INDEX).nonzero().flatten()
         ids, positions = batch.input_ids.flatten(), batch.position_ids.flatten()
         segments = Segments.of(positions)
+        labels = batch.labels.flatten()
+        supervised = (labels != IGNORE_INDEX).nonzero().flatten()
+        # The end of a shared prefix predicts the first token of several answers.
+        wanted, places = segments.before[supervised].unique(return_inverse=True)
         image_tokens = (ids == model.config.image_token_id).nonzero().flatten()
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=True)
 
         x = model.get_input_embeddings()(moved(ids)).to(self._dtype)  # (token, hidden)
-        if batch.pixel_values is not None or features is not None:
-            if features is None:
-                with torch.no_grad():
-                    features = picture_features(model, moved(batch.pixel_values))
+        features = None if batch.features is None else moved(batch.features)
+        if batch.pixel_values is not None:
+            with torch.no_grad():
+                features = picture_features(model, moved(batch.pixel_values))
+            if keep is not None:
+                keep(features)
+        if features is not None:
             with torch.autocast(device.type, self._dtype, self._dtype is torch.bfloat16):
                 projected = model.model.multi_modal_projector(features)
             x = x.index_copy(0, moved(image_tokens), projected.flatten(0, 1).to(self._dtype))
-        hidden = self._decoder(x, moved(positions), segments.to(device), moved(wanted))
+        hidden = self._decoder(
+            x, moved(positions), segments.to(device), moved(wanted), self.checkpoint
+        )
         logits = functional.linear(hidden, model.lm_head.weight)  # (wanted, vocabulary)
-        targets = moved(next_labels[wanted])
+        if len(wanted) < len(places):
+            logits = logits[moved(places)]
+        targets = moved(labels[supervised])
         return functional.cross_entropy(logits.float(), targets, reduction="sum")

@@ -34,6 +34,7 @@ class Segments:
         read: The tokens of the prefixes that are read, one prefix after the other, int64.
         read_starts: Where each prefix begins among `read`, and their end: int32.
         most_read: The longest prefix that is read.
+        before: The token that each token continues, int64 of shape (token), on the CPU; -1 for a first one.
         samples: For each sample its first token and the token after its last, on the CPU.
     """
 
@@ -45,6 +46,7 @@ class Segments:
     read: torch.Tensor | None
     read_starts: torch.Tensor | None
     most_read: int
+    before: torch.Tensor
     samples: tuple[tuple[int, int], ...]
 
     @classmethod
@@ -67,6 +69,11 @@ class Segments:
                 samples.append((begin, []))
             else:
                 samples[-1][1].append((length, range(begin, end)))
+        before = torch.arange(-1, count - 1)
+        for first, answers in samples:
+            before[first] = -1
+            for length, tokens in answers:
+                before[tokens.start] = first + length - 1
         readers: list[int] = []
         read: list[int] = []
         reader_starts, read_starts = [0], [0]
@@ -93,6 +100,7 @@ class Segments:
             read=torch.tensor(read) if readers else None,
             read_starts=int32(read_starts) if readers else None,
             most_read=longest(read_starts),
+            before=before,
             samples=tuple(zip(firsts, [*firsts[1:], count], strict=True)),
         )
 
@@ -101,7 +109,8 @@ class Segments:
         moved = {
             field.name: value.to(device, non_blocking=True)
             for field in fields(self)
-            if isinstance(value := getattr(self, field.name), torch.Tensor)
+            if field.name != "before"
+            and isinstance(value := getattr(self, field.name), torch.Tensor)
         }
         return replace(self, **moved)
 

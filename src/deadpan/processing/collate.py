@@ -9,6 +9,7 @@ the mask that keeps samples apart from those restarts.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -28,6 +29,9 @@ class Batch:
         names: The records in it.
         tokens: Tokens that are not padding.
         supervised: Tokens with a label, as far as one precedes them.
+        features: What the vision tower gives for the pictures, of shape (tile, image token, channel), where
+            it is known; there are no `pixel_values` then.
+        feature_files: Where else they are to be kept: for each picture a file, and its number of tiles.
     """
 
     input_ids: torch.Tensor
@@ -37,6 +41,8 @@ class Batch:
     names: list[str]
     tokens: int
     supervised: int
+    features: torch.Tensor | None = None
+    feature_files: Sequence[tuple[Path, int]] = ()
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on a device."""
@@ -47,13 +53,14 @@ class Batch:
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        pixels = self.pixel_values
+        pixels, features = self.pixel_values, self.features
         return replace(
             self,
             input_ids=function(self.input_ids),
             labels=function(self.labels),
             position_ids=function(self.position_ids),
             pixel_values=None if pixels is None else function(pixels),
+            features=None if features is None else function(features),
         )
 
 
@@ -79,6 +86,8 @@ def collate(samples: Sequence[Sample], pad_id: int, packing: bool = False) -> Ba
         # The first token of a sample has no predecessor within it, so nothing may predict it.
         labels[row, begin + 1 : begin + length] = torch.tensor(sample.labels[1:])
         position_ids[row, begin:end] = torch.arange(end - begin)
+        if sample.position_ids is not None:
+            position_ids[row, begin : begin + length] = torch.tensor(sample.position_ids)
         start += length
     pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
     return Batch(

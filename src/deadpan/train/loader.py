@@ -2,16 +2,20 @@
 
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from deadpan.data.pictures import picture_size
 from deadpan.data.records import Record
 from deadpan.environment import usable_cores
 from deadpan.errors import DeadpanError
 from deadpan.processing.collate import Batch, collate
 from deadpan.processing.processor import Processor
+from deadpan.train.features import FeatureCache
 from deadpan.train.plan import MicroBatch, Plan
 
 _MOST_WORKERS = 8
@@ -23,8 +27,15 @@ class MicroBatches(Dataset[tuple[MicroBatch, Batch | DeadpanError]]):
     An error is returned rather than raised: PyTorch would carry it out of a worker as a traceback.
     """
 
-    def __init__(self, records: Sequence[Record], processor: Processor, packing: bool) -> None:
+    def __init__(
+        self,
+        records: Sequence[Record],
+        processor: Processor,
+        packing: bool,
+        cache: FeatureCache | None = None,
+    ) -> None:
         self._records, self._processor, self._packing = records, processor, packing
+        self._cache = cache
 
     def __getitem__(self, micro_batch: MicroBatch) -> tuple[MicroBatch, Batch | DeadpanError]:
         try:
@@ -38,8 +49,34 @@ class MicroBatches(Dataset[tuple[MicroBatch, Batch | DeadpanError]]):
         Raises:
             DeadpanError: If a picture has become unreadable since the survey.
         """
-        samples = [self._processor.record(self._records[i]) for i in micro_batch.indices]
-        return collate(samples, self._processor.pad_id, self._packing)
+        processor, records = self._processor, [self._records[i] for i in micro_batch.indices]
+        if self._cache is None:
+            samples = [processor.record(record) for record in records]
+            return collate(samples, processor.pad_id, self._packing)
+        files = [self._cache.paths(record) for record in records]
+        known = [self._cache.read(paths) for paths in files]
+        if any(features is None for features in known):
+            samples = [processor.record(record) for record in records]
+            batch = collate(samples, processor.pad_id, self._packing)
+            return replace(batch, feature_files=self._files(records, files))
+        samples = [
+            processor.text(record, [len(picture) for picture in features or ()])
+            for record, features in zip(records, known, strict=True)
+        ]
+        pictures = [picture for features in known for picture in features or ()]
+        batch = collate(samples, processor.pad_id, self._packing)
+        return replace(batch, features=torch.cat(pictures) if pictures else None)
+
+    def _files(
+        self, records: Sequence[Record], files: Sequence[list[Path]]
+    ) -> list[tuple[Path, int]]:
+        """Where the features of a batch's pictures go, and how many tiles each has."""
+        policy = self._processor.tile_policy
+        return [
+            (path, policy.count(picture_size(picture), len(paths)))
+            for record, paths in zip(records, files, strict=True)
+            for path, picture in zip(paths, record.image_paths, strict=True)
+        ]
 
 
 class _Order(Sampler[MicroBatch]):
@@ -77,15 +114,18 @@ def batches(
     workers: int,
     rank: int = 0,
     world: int = 1,
+    cache: FeatureCache | None = None,
+    pin_memory: bool = False,
 ) -> DataLoader:
     """A loader of (MicroBatch, Batch or DeadpanError) for a process's share of all steps after the finished ones."""
     return DataLoader(
-        MicroBatches(records, processor, packing),
+        MicroBatches(records, processor, packing, cache),
         batch_size=None,
         sampler=_Order(plan, done, rank, world),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_begin_worker,
+        pin_memory=pin_memory,
         # Batches are decided by the plan alone; without this, each loader would draw from the run's random numbers.
         generator=torch.Generator(),
     )

@@ -28,13 +28,14 @@ from deadpan.config.schema import Recipe
 from deadpan.data.records import Record
 from deadpan.data.records import load as load_records
 from deadpan.errors import DeadpanError
-from deadpan.models.answer_loss import AnswerLoss
+from deadpan.models.answer_loss import plain_model
 from deadpan.models.attention import kernels
 from deadpan.processing.collate import Batch
 from deadpan.processing.processor import Processor, load_processor
 from deadpan.train import evaluation, memory, nonfinite, optimizers, state, trackers
+from deadpan.train.features import FeatureCache
 from deadpan.train.loader import MicroBatches, batches, share, worker_count
-from deadpan.train.model import build
+from deadpan.train.model import TrainingLoss, build
 from deadpan.train.plan import MicroBatch, Plan
 from deadpan.train.processes import Processes, check_recipe, without_traceback
 from deadpan.train.rehearsal import choose_micro_batch_size
@@ -167,8 +168,26 @@ class Trainer:
             self.position = before
         # Prepared without its optimizer and without DistributedDataParallel: gradients are scaled,
         # accumulated and summed here.
-        self.loss = self.accelerator.prepare_model(AnswerLoss(self.model), evaluation_mode=True)
+        self.loss = TrainingLoss(
+            recipe,
+            self.model,
+            self.processor,
+            self.device,
+            self.dtype,
+            lambda module: self.accelerator.prepare_model(module, evaluation_mode=True),
+        )
+        self.cache = self._roomy(self.loss.cache)
         self.trainable = trainable
+
+    def _roomy(self, cache: FeatureCache | None) -> FeatureCache | None:
+        """The cache, if the disk has room for what it will hold."""
+        if cache is None:
+            return None
+        tiles = sum(size.tiles for size in self.survey.sizes)
+        size = cache.bytes_of(tiles, plain_model(self.model))
+        roomy = cache.has_room(size)
+        self.watcher.caching(cache.folder, size, roomy)
+        return cache if roomy else None
 
     def _check_records(self, before: state.Position) -> None:
         now, data = self.position, self.recipe.data
@@ -203,7 +222,8 @@ class Trainer:
 
     def rehearse(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Do an optimizer step on micro-batches of any choice, which is neither logged nor saved."""
-        prepare = MicroBatches(self.survey.records, self.processor, self.recipe.packing)
+        records, packing = self.survey.records, self.recipe.packing
+        prepare = MicroBatches(records, self.processor, packing, self.cache)
         self._step(1, [prepare.batch(micro_batch) for micro_batch in micro_batches])
 
     def steps(self) -> Generator[dict[str, Any], None, None]:
@@ -217,6 +237,8 @@ class Trainer:
             worker_count(self.recipe.data.workers, self.device, self.processes.local),
             self.processes.rank,
             self.processes.world,
+            self.cache,
+            pin_memory=self.device.type == "cuda",
         )
         return self._steps(loader)
 
@@ -424,18 +446,8 @@ class Trainer:
         """Add up this process's gradients; returns the sum of its tokens' losses."""
         total = torch.zeros((), device=self.device)
         for batch in share:
-            on_device = batch.to(self.device)
-            autocast = torch.autocast(
-                self.device.type, self.dtype, enabled=self.dtype is torch.bfloat16
-            )
             with kernels():
-                with autocast:
-                    loss = self.loss(
-                        on_device.input_ids,
-                        on_device.labels,
-                        on_device.position_ids,
-                        on_device.pixel_values,
-                    )
+                loss = self.loss(batch)
                 # Under the same kernels, since checkpointed layers run again here.
                 self.accelerator.backward(loss / supervised)
             total += loss.detach()
