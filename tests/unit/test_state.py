@@ -138,7 +138,7 @@ def test_restoring_puts_back_weights_optimizer_scheduler_and_random_numbers(run:
     assert all(torch.equal(p, weights[name]) for name, p in t.model.named_parameters())
     loaded = t.optimizer.state_dict()
     assert loaded["param_groups"] == optimizer["param_groups"]
-    assert all(torch.equal(restored["state"][i]["exp_avg"], moments[i]) for i in moments)
+    assert all(torch.equal(loaded["state"][i]["exp_avg"], moments[i]) for i in moments)
     assert t.scheduler.state_dict() == scheduler
 
 

@@ -21,6 +21,7 @@ from deadpan.environment import best_device, computes_bf16
 from deadpan.errors import DeadpanError, did_you_mean
 from deadpan.models import lora
 from deadpan.models.build import build_empty, put_parameter
+from deadpan.models.frozen import rounded
 from deadpan.processing.processor import Processor, load_processor
 from deadpan.processing.template import IMAGE_TOKEN
 from deadpan.processing.tokenizer import read_json
@@ -28,7 +29,8 @@ from deadpan.processing.tokenizer import read_json
 Progress = Callable[[int, int], None]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-QUANTIZATIONS = ("none", "nf4")
+QUANTIZATIONS = ("none", "nf4", "fp8")
+_LAYERS = "model.language_model.layers."
 
 _IGNORED = ("rotary_emb.inv_freq",)
 """Buffers that old checkpoints saved and that are computed from the configuration."""
@@ -115,7 +117,8 @@ def load(
         device: auto, cpu, cuda or cuda:N.
         dtype: auto, bf16, fp16 or fp32: the type of the weights in memory.
         attention: auto, eager, sdpa, flash or varlen.
-        quantization: none or nf4, for the language model's linear layers.
+        quantization: none, nf4 or fp8, for the language model's linear layers; fp8 rounds their weights
+            as training in FP8 does, and multiplies as without.
         max_tiles: Overrides the checkpoint's own tile limit.
         max_length: The most tokens a sample may have.
         base: For an adapter: where its base model is now, if not where it was.
@@ -200,7 +203,10 @@ def load_base(
             )
         for target, part in zip(entry.targets, entry.split(tensor, shapes), strict=True):
             # contiguous: a part of a fused tensor would keep the whole of it alive
-            put_parameter(model, target, part.contiguous().to(device, dtype))
+            value = part.contiguous().to(device, dtype)
+            if quantization == "fp8" and target.startswith(_LAYERS) and value.ndim == 2:
+                value = rounded(value)
+            put_parameter(model, target, value)
         if progress is not None:
             progress(done, len(entries))
     if config.tie_word_embeddings:

@@ -53,6 +53,11 @@ def dequantised(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.data
 
 
+def is_quantised(parameter: torch.Tensor) -> bool:
+    """Whether a parameter is an NF4 weight."""
+    return isinstance(parameter, bnb.nn.Params4bit)
+
+
 def bytes_of(parameter: torch.Tensor) -> int:
     """The memory that a parameter takes, an NF4 weight's scales included."""
     if not isinstance(parameter, bnb.nn.Params4bit):

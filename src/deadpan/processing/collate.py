@@ -7,8 +7,9 @@ Packing lays samples end to end in one row whose position ids start again at 0 w
 the mask that keeps samples apart from those restarts.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -29,6 +30,9 @@ class Batch:
         tokens: Tokens that are not padding.
         supervised: Tokens with a label, as far as one precedes them.
         pictured: Whether a record has a picture.
+        features: What the vision tower gives for the pictures, of shape (tile, image token, channel), where
+            it is known; there are no `pixel_values` then.
+        feature_files: Where else they are to be kept: for each picture a file, and its number of tiles.
     """
 
     input_ids: torch.Tensor
@@ -39,19 +43,26 @@ class Batch:
     tokens: int
     supervised: int
     pictured: bool
+    features: torch.Tensor | None = None
+    feature_files: Sequence[tuple[Path, int]] = ()
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on a device."""
-        pixels = self.pixel_values
-        return Batch(
-            self.input_ids.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            self.position_ids.to(device, non_blocking=True),
-            None if pixels is None else pixels.to(device, non_blocking=True),
-            self.names,
-            self.tokens,
-            self.supervised,
-            self.pictured,
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch where a GPU can fetch it by itself."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        pixels, features = self.pixel_values, self.features
+        return replace(
+            self,
+            input_ids=function(self.input_ids),
+            labels=function(self.labels),
+            position_ids=function(self.position_ids),
+            pixel_values=None if pixels is None else function(pixels),
+            features=None if features is None else function(features),
         )
 
 
@@ -77,6 +88,8 @@ def collate(samples: Sequence[Sample], pad_id: int, packing: bool = False) -> Ba
         # The first token of a sample has no predecessor within it, so nothing may predict it.
         labels[row, begin + 1 : begin + length] = torch.tensor(sample.labels[1:])
         position_ids[row, begin:end] = torch.arange(end - begin)
+        if sample.position_ids is not None:
+            position_ids[row, begin : begin + length] = torch.tensor(sample.position_ids)
         start += length
     pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
     return Batch(

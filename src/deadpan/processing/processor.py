@@ -67,12 +67,15 @@ class Sample:
         labels: The ids to learn, `IGNORE_INDEX` elsewhere.
         pixel_values: float32 of shape (tile, 3, tile_size, tile_size), or None without pictures.
         name: The record it came from, for messages.
+        position_ids: Where each token stands; None if one after the other. Answers after the first that
+            continue the same prefix start again where it ends.
     """
 
     input_ids: list[int]
     labels: list[int]
     pixel_values: torch.Tensor | None
     name: str
+    position_ids: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,15 @@ class Processor:
         """
         images = [open_picture(path) for path in record.image_paths]
         return self.sample(images, record.turns, record.name)
+
+    def text(self, record: Record, tile_counts: Sequence[int]) -> Sample:
+        """Encode a record without its pictures, which have so many tiles each.
+
+        Raises:
+            DeadpanError: As `sample`.
+        """
+        input_ids, labels = self.encode(record.turns, tile_counts, record.name)
+        return Sample(input_ids, labels, None, record.name)
 
     def size(self, record: Record) -> Size:
         """The size of a record, from its pictures' headers alone; it may exceed max_length."""

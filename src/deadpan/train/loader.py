@@ -3,17 +3,20 @@
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from deadpan.data.pictures import picture_size
 from deadpan.data.records import IMAGE_TAG, Record, Turn
 from deadpan.environment import usable_cores
 from deadpan.errors import DeadpanError
 from deadpan.processing.collate import Batch, collate
 from deadpan.processing.processor import Processor, Sample
+from deadpan.train.features import FeatureCache
 from deadpan.train.plan import MicroBatch, Plan
 
 _MOST_WORKERS = 8
@@ -28,6 +31,7 @@ class MicroBatches(Dataset[tuple[MicroBatch, Batch | DeadpanError]]):
         records: What the micro-batches' indices mean.
         processor: Makes the tensors.
         packing: Lay a micro-batch's samples end to end.
+        cache: Where the pictures' features are kept, if they are.
         pictured: Add a blank picture, of which nothing is learned, where there is none. Processes that
             share weights go through the vision tower together or not at all.
     """
@@ -37,9 +41,11 @@ class MicroBatches(Dataset[tuple[MicroBatch, Batch | DeadpanError]]):
         records: Sequence[Record],
         processor: Processor,
         packing: bool,
+        cache: FeatureCache | None = None,
         pictured: bool = False,
     ) -> None:
         self._records, self._processor, self._packing = records, processor, packing
+        self._cache = cache
         self._blank = _blank_sample(processor) if pictured else None
 
     def __getitem__(self, micro_batch: MicroBatch) -> tuple[MicroBatch, Batch | DeadpanError]:
@@ -54,12 +60,44 @@ class MicroBatches(Dataset[tuple[MicroBatch, Batch | DeadpanError]]):
         Raises:
             DeadpanError: If a picture has become unreadable since the survey.
         """
-        samples = [self._processor.record(self._records[i]) for i in micro_batch.indices]
-        if self._blank is None or any(sample.pixel_values is not None for sample in samples):
+        processor, records = self._processor, [self._records[i] for i in micro_batch.indices]
+        if self._blank is not None:
+            return self._pictured([processor.record(record) for record in records], self._blank)
+        if self._cache is None:
+            samples = [processor.record(record) for record in records]
+            return collate(samples, processor.pad_id, self._packing)
+        files = [self._cache.paths(record) for record in records]
+        known = [self._cache.read(paths) for paths in files]
+        if any(features is None for features in known):
+            samples = [processor.record(record) for record in records]
+            batch = collate(samples, processor.pad_id, self._packing)
+            return replace(batch, feature_files=self._files(records, files))
+        samples = [
+            processor.text(record, [len(picture) for picture in features or ()])
+            for record, features in zip(records, known, strict=True)
+        ]
+        pictures = [picture for features in known for picture in features or ()]
+        batch = collate(samples, processor.pad_id, self._packing)
+        features = torch.cat(pictures) if pictures else None
+        return replace(batch, features=features, pictured=bool(pictures))
+
+    def _pictured(self, samples: list[Sample], blank: Sample) -> Batch:
+        if any(sample.pixel_values is not None for sample in samples):
             return collate(samples, self._processor.pad_id, self._packing)
-        batch = collate([*samples, self._blank], self._processor.pad_id, self._packing)
-        tokens = batch.tokens - len(self._blank.input_ids)
+        batch = collate([*samples, blank], self._processor.pad_id, self._packing)
+        tokens = batch.tokens - len(blank.input_ids)
         return replace(batch, names=batch.names[:-1], tokens=tokens, pictured=False)
+
+    def _files(
+        self, records: Sequence[Record], files: Sequence[list[Path]]
+    ) -> list[tuple[Path, int]]:
+        """Where the features of a batch's pictures go, and how many tiles each has."""
+        policy = self._processor.tile_policy
+        return [
+            (path, policy.count(picture_size(picture), len(paths)))
+            for record, paths in zip(records, files, strict=True)
+            for path, picture in zip(paths, record.image_paths, strict=True)
+        ]
 
 
 def blank(processor: Processor) -> Batch:
@@ -108,16 +146,19 @@ def batches(
     workers: int,
     rank: int = 0,
     world: int = 1,
+    cache: FeatureCache | None = None,
+    pin_memory: bool = False,
     pictured: bool = False,
 ) -> DataLoader:
     """A loader of (MicroBatch, Batch or DeadpanError) for a process's share of all steps after the finished ones."""
     return DataLoader(
-        MicroBatches(records, processor, packing, pictured),
+        MicroBatches(records, processor, packing, cache, pictured),
         batch_size=None,
         sampler=_Order(plan, done, rank, world),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_begin_worker,
+        pin_memory=pin_memory,
         # Batches are decided by the plan alone; without this, each loader would draw from the run's random numbers.
         generator=torch.Generator(),
     )

@@ -30,13 +30,14 @@ from deadpan.data.records import Record
 from deadpan.data.records import load as load_records
 from deadpan.errors import DeadpanError
 from deadpan.models import lora
-from deadpan.models.answer_loss import AnswerLoss
+from deadpan.models.answer_loss import plain_model
 from deadpan.models.attention import kernels
 from deadpan.processing.collate import Batch
 from deadpan.processing.processor import Processor, load_processor
 from deadpan.train import evaluation, memory, nonfinite, optimizers, parallel, state, trackers
+from deadpan.train.features import FeatureCache
 from deadpan.train.loader import MicroBatches, batches, blank, share, worker_count
-from deadpan.train.model import build
+from deadpan.train.model import TrainingLoss, build
 from deadpan.train.plan import MicroBatch, Plan
 from deadpan.train.processes import Processes, check_recipe, without_traceback
 from deadpan.train.rehearsal import choose_micro_batch_size
@@ -129,9 +130,7 @@ class Trainer:
         )
         self.processes.together(lambda: self._build_model(folder))
         self.processes.check_equal(self._trained())
-        with self._memory_explained():
-            self.parallel.share_model(self.model)
-            self._build_optimizer()
+        self.processes.together(self._build_optimizer)
         self.processes.together(self._restore)
 
     def _look_at_records(self) -> tuple[Survey, list[Record]]:
@@ -169,6 +168,8 @@ class Trainer:
 
     def _build_optimizer(self) -> None:
         recipe, algorithm = self.recipe, self.recipe.optimizer.name
+        with self._memory_explained():
+            self.parallel.share_model(self.model)
         self.trainable = self._trained()
         _, warmup = resolve_schedule(recipe.schedule, algorithm)
         self.optimizer = optimizers.build(self.trainable, recipe.optimizer, warms_up=warmup > 0)
@@ -176,7 +177,15 @@ class Trainer:
         self.parallel.share_optimizer(self.optimizer, self.trainable)
         # Prepared without its optimizer and without DistributedDataParallel: gradients are scaled,
         # accumulated and summed here.
-        self.loss = self.accelerator.prepare_model(AnswerLoss(self.model), evaluation_mode=True)
+        self.loss = TrainingLoss(
+            recipe,
+            self.model,
+            self.processor,
+            self.device,
+            self.dtype,
+            lambda module: self.accelerator.prepare_model(module, evaluation_mode=True),
+        )
+        self.cache = self._roomy(self.loss.cache)
 
     def _restore(self) -> None:
         self.position = state.Position(
@@ -190,6 +199,16 @@ class Trainer:
             )
             self._check_records(before)
             self.position = before
+
+    def _roomy(self, cache: FeatureCache | None) -> FeatureCache | None:
+        """The cache, if the disk has room for what it will hold."""
+        if cache is None:
+            return None
+        tiles = sum(size.tiles for size in self.survey.sizes)
+        size = cache.bytes_of(tiles, plain_model(self.model))
+        roomy = cache.has_room(size)
+        self.watcher.caching(cache.folder, size, roomy)
+        return cache if roomy else None
 
     def _check_records(self, before: state.Position) -> None:
         now, data = self.position, self.recipe.data
@@ -224,7 +243,8 @@ class Trainer:
 
     def rehearse(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Do an optimizer step on micro-batches of any choice, which is neither logged nor saved."""
-        prepare = MicroBatches(self.survey.records, self.processor, self.recipe.packing)
+        records, packing = self.survey.records, self.recipe.packing
+        prepare = MicroBatches(records, self.processor, packing, self.cache)
         self._step(1, [prepare.batch(micro_batch) for micro_batch in micro_batches])
 
     def steps(self) -> Generator[dict[str, Any], None, None]:
@@ -238,6 +258,8 @@ class Trainer:
             worker_count(self.recipe.data.workers, self.device, self.processes.local),
             self.processes.rank,
             self.processes.world,
+            self.cache,
+            pin_memory=self.device.type == "cuda",
             pictured=self.parallel.in_step,
         )
         return self._steps(loader)
@@ -470,18 +492,8 @@ class Trainer:
         """Add up this process's gradients; returns the sum of its tokens' losses."""
         total = torch.zeros((), device=self.device)
         for number, batch in enumerate(share, start=1):
-            on_device = batch.to(self.device)
-            autocast = torch.autocast(
-                self.device.type, self.dtype, enabled=self.dtype is torch.bfloat16
-            )
             with kernels():
-                with autocast:
-                    loss = self.loss(
-                        on_device.input_ids,
-                        on_device.labels,
-                        on_device.position_ids,
-                        on_device.pixel_values,
-                    )
+                loss = self.loss(batch)
                 # Under the same kernels, since checkpointed layers run again here.
                 self.parallel.backward(loss / supervised, last=number == len(share))
             total += loss.detach()

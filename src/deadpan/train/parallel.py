@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
@@ -113,7 +114,7 @@ class ShardedWeights(Replicas):
         # Nothing is done in place to what the inner model returns.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
         plain, device = plain_model(model), self._processes.device
-        mesh = distributed.init_device_mesh(device.type, (self._processes.world,))
+        mesh = init_device_mesh(device.type, (self._processes.world,))
         head, tied = plain.lm_head, plain.config.tie_word_embeddings
         ignored: set[nn.Parameter] = set()
         if tied:
@@ -155,9 +156,10 @@ class ShardedWeights(Replicas):
     def load_optimizer(self, state: dict[str, Any]) -> None:
         super().load_optimizer(state)
         for parameter, values in self._optimizer.state.items():
+            assert isinstance(parameter, DTensor)
             for name, value in values.items():
                 # Adam's count of steps is a number, and not spread.
-                if torch.is_tensor(value) and value.shape == parameter.shape:
+                if value.shape == parameter.shape:
                     values[name] = distribute_tensor(
                         value, parameter.device_mesh, parameter.placements, src_data_rank=None
                     )
@@ -261,7 +263,7 @@ def choose(recipe: schema.Recipe, processes: Processes) -> Replicas:
         raise DeadpanError(
             "DeepSpeed is not installed.",
             where="distributed.engine: deepspeed",
-            fix="DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed, or set distributed.engine=auto",
+            fix="pip install 'deadpan[deepspeed]', or set distributed.engine=auto",
         )
     if processes.world == 1 or engine in ("auto", "ddp"):
         return Replicas(processes)

@@ -16,7 +16,6 @@ import torch
 from deadpan.environment import GIB, devices
 from deadpan.errors import DeadpanError
 from deadpan.models.answer_loss import plain_model
-from deadpan.models.build import checkpoint_layers
 from deadpan.models.nf4 import bytes_of, saved_bytes
 from deadpan.processing.processor import Processor, Size
 from deadpan.train import state
@@ -298,7 +297,7 @@ class Rehearsal:
             yield self._estimated(f"max_tiles={tiles}", self._estimate(chosen.size, sizes).peak)
         # Last, since it cannot be undone.
         if not trainer.recipe.gradient_checkpointing:
-            checkpoint_layers(plain_model(trainer.model).model.language_model)
+            trainer.loss.checkpoint()
             self._outcomes.clear()
             self.attempt(1)
             outcome = self.attempt(chosen.size)

@@ -17,7 +17,7 @@ from deadpan.evaluate.answers import Answer
 from deadpan.train import state
 
 _MAY_CHANGE = {
-    "attention", "data.workers", "device", "gradient_checkpointing", "keep_checkpoints",
+    "attention", "data.workers", "device", "feature_cache", "gradient_checkpointing", "keep_checkpoints",
     "log_every_steps", "run", "save_every_steps", "trackers",
 }  # fmt: skip
 """Recipe keys that a resumed run may have otherwise than before; so may all of `evaluation`."""

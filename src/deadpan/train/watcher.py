@@ -16,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from deadpan.environment import GIB
 from deadpan.evaluate.answers import Answer
 from deadpan.train.plan import Plan
 from deadpan.train.survey import Survey
@@ -35,6 +36,9 @@ class Watcher:
 
     def set_aside(self, checkpoints: Sequence[Path]) -> None:
         """Checkpoints after the one that the run goes on from have been renamed to these."""
+
+    def caching(self, folder: Path, size: int, roomy: bool) -> None:
+        """Pictures' features, of so many bytes, will be kept in a folder, or would be if it had room."""
 
     def measuring(self, what: str) -> None:
         """Something is being measured before the first step."""
@@ -117,6 +121,13 @@ class ProgressWatcher(Watcher):
     def set_aside(self, checkpoints: Sequence[Path]) -> None:
         for checkpoint in checkpoints:
             self._say(f"set aside, remove it when you like: {checkpoint}")
+
+    def caching(self, folder: Path, size: int, roomy: bool) -> None:
+        size_in_gib = f"{size / GIB:.1f} GiB"
+        if roomy:
+            self._say(f"pictures' features ({size_in_gib}) are kept in {folder}")
+        else:
+            self._say(f"pictures' features ({size_in_gib}) are not kept: {folder} has no room")
 
     def evaluating(self, done: int, total: int) -> None:
         self._advance("evaluating", done, total)
