@@ -459,7 +459,7 @@ def _in_words(field: dict[str, Any]) -> str:
     if "const" in field:
         return str(field["const"])
     if "enum" in field:
-        *others, last = field["enum"]
+        *others, last = map(str, field["enum"])
         return f"{', '.join(others)} or {last}"
     if "examples" in field:
         return "one like " + ", ".join(field["examples"])
