@@ -1,0 +1,1 @@
+"""Tellers behind one door, for whoever serves them to others."""
