@@ -1,7 +1,7 @@
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -174,20 +174,30 @@ def test_the_pieces_of_a_stream_are_the_answer(
 ) -> None:
     settings = GenerationSettings(max_new_tokens=12, temperature=3.0, seed=seed)
     (joke,) = engine.generate([requests[seed]], settings)
-    pieces = list(engine.stream(requests[seed], settings))
+    pieces: list[str] = []
+    assert exhausted(engine.stream(requests[seed], settings), pieces) == joke
     assert len(pieces) > 1
     assert "".join(pieces) == joke.text
 
 
-def says(ids: list[int], error: Exception | None = None) -> Callable[..., None]:
+def exhausted(stream: Generator[str, None, Joke], pieces: list[str]) -> Joke:
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as end:
+            return cast(Joke, end.value)
+
+
+def says(ids: list[int], error: Exception | None = None) -> Callable[..., torch.Tensor]:
     """Stands in for a model's `generate` that streams these tokens, and then may fail."""
 
-    def generate(streamer: Any, input_ids: torch.Tensor, **_: object) -> None:
+    def generate(streamer: Any, input_ids: torch.Tensor, **_: object) -> torch.Tensor:
         streamer.put(input_ids)
         for token in ids:
             streamer.put(torch.tensor([token]))
         if error is not None:
             raise error
+        return torch.cat([input_ids, torch.tensor([ids])], dim=1)
 
     return generate
 

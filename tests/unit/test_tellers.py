@@ -2,12 +2,13 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Generator, Sequence
 from typing import Any, cast
 
 import pytest
 from PIL import Image
 
+from deadpan.data.records import Turn
 from deadpan.engines.base import GenerationSettings, Joke, Request
 from deadpan.errors import DeadpanError
 from deadpan.serve.tellers import (
@@ -42,12 +43,16 @@ class Echo:
             raise DeadpanError("bad question")
         return [Joke(text, 1, 1, "stop") for text in texts]
 
-    def stream(self, request: Request, settings: GenerationSettings) -> Iterator[str]:
-        for letter in request.turns[0].text:
+    def stream(
+        self, request: Request, settings: GenerationSettings
+    ) -> Generator[str, None, Joke]:
+        text = request.turns[0].text
+        for letter in text:
             self.batches.append([letter])
             self.begun.set()
             yield letter
             assert self.let.wait(30)
+        return Joke(text, 1, len(text), "stop")
 
     def score(self, request: Request, choices: Sequence[str]) -> list[float]:
         raise NotImplementedError
@@ -174,5 +179,7 @@ def test_a_stream_comes_in_pieces_and_ends_when_its_reader_leaves() -> None:
         engine.let.set()
         assert [piece async for piece in tellers.stream("echo", [], "xy", GREEDY)] == ["x", "y"]
         assert engine.batches == [["a"], ["b"], ["x"], ["y"]]
+        whole = [piece async for piece in tellers.pieces("echo", Request([], [Turn("human", "z")]), GREEDY)]
+        assert whole == ["z", Joke("z", 1, 1, "stop")]
 
     run(story())

@@ -5,8 +5,11 @@ Nothing here ever stands in for a broken picture: a model trained on a substitut
 
 import base64
 import io
+import struct
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
@@ -25,35 +28,48 @@ class PictureError(DeadpanError):
     """A picture that is missing, damaged, not a picture, or too large to open safely."""
 
 
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, LookupError, ArithmeticError)
+"""What Pillow's decoders raise for damaged files; SyntaxError is what its PNG reader uses."""
+
+
 def _open(path: Path) -> Image.Image:
     if not path.is_file():
         raise PictureError(
             "The picture is missing.", where=path, fix="restore the file, or remove the record"
         )
+    return _opened(path, path, MAX_PIXELS)
+
+
+def _opened(
+    source: Path | BinaryIO,
+    where: str | Path,
+    max_pixels: int,
+    formats: Sequence[str] | None = None,
+) -> Image.Image:
     try:
-        image = Image.open(path)
+        image = Image.open(source, formats=formats)
     except UnidentifiedImageError:
         raise PictureError(
             "The file is not a picture that Pillow can read.",
-            where=path,
-            fix="convert it to JPEG, PNG or WebP, or remove the record",
+            where=where,
+            fix="convert it to JPEG, PNG or WebP",
         ) from None
     except Image.DecompressionBombError as error:
-        raise _bomb(path, str(error)) from None
-    except OSError as error:
-        raise PictureError(f"The picture cannot be opened: {error}.", where=path) from None
+        raise _bomb(where, max_pixels, str(error)) from None
+    except _DAMAGE as error:
+        raise PictureError(f"The picture cannot be opened: {error}.", where=where) from None
     width, height = image.size
-    if width * height > MAX_PIXELS:
+    if width * height > max_pixels:
         image.close()
-        raise _bomb(path, f"{width}x{height} = {width * height:,} pixels")
+        raise _bomb(where, max_pixels, f"{width}x{height} = {width * height:,} pixels")
     return image
 
 
-def _bomb(path: Path, found: str) -> PictureError:
+def _bomb(where: str | Path, max_pixels: int, found: str) -> PictureError:
     return PictureError(
         "The picture is too large to open safely (a decompression bomb?).",
-        where=path,
-        expected=f"at most {MAX_PIXELS:,} pixels",
+        where=where,
+        expected=f"at most {max_pixels:,} pixels",
         found=found,
         fix="scale it down: a model sees at most a few million pixels of it",
     )
@@ -75,16 +91,36 @@ def open_picture(path: Path) -> Image.Image:
     Raises:
         PictureError: If the file is missing, truncated, not a picture, or too large.
     """
-    image = _open(path)
+    return rgb(_open(path), path)
+
+
+def peek(data: bytes, where: str, max_pixels: int, formats: Sequence[str]) -> Image.Image:
+    """Open the bytes of a picture file without decoding them, for `rgb` to do so once its size is accepted.
+
+    Args:
+        data: A picture file.
+        where: What to call it in messages.
+        max_pixels: The most pixels it may claim.
+        formats: Pillow's names of the formats it may have.
+
+    Raises:
+        PictureError: If it is not such a picture, or too large.
+    """
+    return _opened(io.BytesIO(data), where, max_pixels, formats)
+
+
+def rgb(image: Image.Image, where: str | Path) -> Image.Image:
+    """Decode an opened picture fully into RGB, and close it.
+
+    Raises:
+        PictureError: If it is damaged.
+    """
     try:
         with image:
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        # The set that Pillow's decoders raise for damaged files; SyntaxError is what its PNG reader uses.
+    except _DAMAGE as error:
         raise PictureError(
-            f"The picture is damaged: {error}.",
-            where=path,
-            fix="replace the file, or remove the record",
+            f"The picture is damaged: {error}.", where=where, fix="replace the file"
         ) from None
 
 

@@ -4,7 +4,7 @@ An engine is built from a checkpoint and generation settings only; template, til
 checkpoint, so that no engine can be served with another prompt than the one trained on.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -83,8 +83,10 @@ class Engine(Protocol):
     def generate(self, requests: Sequence[Request], settings: GenerationSettings) -> list[Joke]:
         """Answer requests, in their order."""
 
-    def stream(self, request: Request, settings: GenerationSettings) -> Iterator[str]:
-        """Answer one request piece by piece; the pieces joined are the answer."""
+    def stream(
+        self, request: Request, settings: GenerationSettings
+    ) -> Generator[str, None, Joke]:
+        """Answer one request piece by piece; the pieces joined are the text of the joke returned at the end."""
 
     def score(self, request: Request, choices: Sequence[str]) -> list[float]:
         """For each choice, log p(choice and its stop token | the conversation), in nats, summed over tokens."""

@@ -1,7 +1,7 @@
 """The engine that needs nothing but PyTorch: transformers' own generation."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -83,24 +83,30 @@ class BuiltinEngine:
             torch.manual_seed(seed)
             yield
 
-    def stream(self, request: Request, settings: GenerationSettings) -> Iterator[str]:
-        """Answer one request piece by piece; the pieces joined are the answer."""
+    def stream(
+        self, request: Request, settings: GenerationSettings
+    ) -> Generator[str, None, Joke]:
+        """Answer one request piece by piece; the pieces joined are the text of the joke returned at the end."""
         streamer = TextIteratorStreamer(
             self._processor.tokenizer, skip_prompt=True, skip_special_tokens=True
         )
         inputs = self._inputs([request])
+        prompt_tokens = inputs["input_ids"].shape[1]
 
-        def work() -> None:
+        def work() -> Joke:
             try:
                 with torch.inference_mode(), kernels(), self._randomness(settings.seed):
-                    self._model.generate(**inputs, streamer=streamer, **_arguments(settings))
+                    output = self._model.generate(
+                        **inputs, streamer=streamer, **_arguments(settings)
+                    )
             finally:
                 streamer.end()  # or the reader would wait for ever
+            return self._joke(output[0, prompt_tokens:].tolist(), prompt_tokens)
 
         with ThreadPoolExecutor(max_workers=1) as pool:
             done = pool.submit(work)
             yield from _stripped(streamer)
-            done.result()
+            return done.result()
 
     def score(self, request: Request, choices: Sequence[str]) -> list[float]:
         """For each choice, log p(choice and its stop token | the conversation), in nats, summed over tokens."""

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -71,7 +71,7 @@ class _Worker:
         with self._changed:
             if self._closing:
                 raise ShuttingDown("The server is shutting down.", fix="ask again later")
-            waiting = sum(len(other.requests) for other in self._waiting if not other.gone.is_set())
+            waiting = self._count()
             if waiting + len(job.requests) > self._queue_limit:
                 raise QueueFull(
                     f"Too many questions wait for {self._name!r}.",
@@ -90,11 +90,26 @@ class _Worker:
         self._thread.join()
         self._engine.close()
 
+    def waiting(self) -> int:
+        """Questions whose turn has not come."""
+        with self._changed:
+            return self._count()
+
+    def _count(self) -> int:
+        return sum(len(job.requests) for job in self._waiting if not job.gone.is_set())
+
     def _work(self) -> None:
-        while jobs := self._next():
-            jobs = [job for job in jobs if job.done.set_running_or_notify_cancel()]
-            if jobs:
-                self._run(jobs)
+        # A frame of its own for each batch: while the next is waited for, no picture of the last is held.
+        while self._answered():
+            pass
+
+    def _answered(self) -> bool:
+        """Answer a batch; false once all is done and the tellers close."""
+        waited = self._next()
+        jobs = [job for job in waited if job.done.set_running_or_notify_cancel()]
+        if jobs:
+            self._run(jobs)
+        return bool(waited)
 
     def _next(self) -> list[_Job]:
         """The jobs of the next batch, oldest first; none once all is done and the tellers close."""
@@ -132,10 +147,13 @@ class _Worker:
 
     def _stream(self, job: _Job) -> list[Joke]:
         assert job.emit is not None
-        for piece in self._engine.stream(job.requests[0], job.settings):
-            if job.gone.is_set():
-                break
-            job.emit(piece)
+        pieces = self._engine.stream(job.requests[0], job.settings)
+        with contextlib.closing(pieces):
+            while not job.gone.is_set():
+                try:
+                    job.emit(next(pieces))
+                except StopIteration as end:
+                    return [end.value]
         return []
 
 
@@ -164,6 +182,10 @@ class Tellers:
     def names(self) -> list[str]:
         """The tellers that can be asked."""
         return list(self._workers)
+
+    def waiting(self, name: str) -> int:
+        """The questions that wait for one of them."""
+        return self._worker(name).waiting()
 
     async def tell(
         self, name: str, images: Sequence[Image.Image], prompt: str, settings: GenerationSettings
@@ -198,6 +220,16 @@ class Tellers:
         self, name: str, images: Sequence[Image.Image], prompt: str, settings: GenerationSettings
     ) -> AsyncIterator[str]:
         """One answer about all the pictures, piece by piece; raises as `tell`, when first read."""
+        answer = self.pieces(name, _request(images, prompt), settings)
+        async with contextlib.aclosing(answer):
+            async for piece in answer:
+                if isinstance(piece, str):
+                    yield piece
+
+    async def pieces(
+        self, name: str, request: Request, settings: GenerationSettings
+    ) -> AsyncGenerator[str | Joke]:
+        """One answer piece by piece, then the joke that they make; raises as `tell`, when first read."""
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | None]()
 
         def emit(piece: str | None) -> None:
@@ -205,7 +237,7 @@ class Tellers:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        job = _Job([_request(images, prompt)], settings, emit)
+        job = _Job([request], settings, emit)
         job.done.add_done_callback(lambda _: emit(_END))
         self._worker(name).put(job)
         deadline = loop.time() + self._timeout
@@ -219,7 +251,7 @@ class Tellers:
                 if piece is _END:
                     break
                 yield piece
-            job.done.result()
+            yield job.done.result()[0]
         finally:
             job.gone.set()
             job.done.cancel()
