@@ -43,9 +43,7 @@ class Echo:
             raise DeadpanError("bad question")
         return [Joke(text, 1, 1, "stop") for text in texts]
 
-    def stream(
-        self, request: Request, settings: GenerationSettings
-    ) -> Generator[str, None, Joke]:
+    def stream(self, request: Request, settings: GenerationSettings) -> Generator[str, None, Joke]:
         text = request.turns[0].text
         for letter in text:
             self.batches.append([letter])
@@ -179,7 +177,10 @@ def test_a_stream_comes_in_pieces_and_ends_when_its_reader_leaves() -> None:
         engine.let.set()
         assert [piece async for piece in tellers.stream("echo", [], "xy", GREEDY)] == ["x", "y"]
         assert engine.batches == [["a"], ["b"], ["x"], ["y"]]
-        whole = [piece async for piece in tellers.pieces("echo", Request([], [Turn("human", "z")]), GREEDY)]
+        whole = [
+            piece
+            async for piece in tellers.pieces("echo", Request([], [Turn("human", "z")]), GREEDY)
+        ]
         assert whole == ["z", Joke("z", 1, 1, "stop")]
 
     run(story())

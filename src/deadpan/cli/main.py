@@ -18,6 +18,7 @@ from deadpan.cli import (
     import_xtuner,
     plot,
     recipe,
+    serve,
     tell,
     train,
 )
@@ -37,6 +38,7 @@ app.command()(train.train)
 app.command()(plot.plot)
 app.command()(export.export)
 app.command()(tell.tell)
+app.command()(serve.serve)
 app.command()(evaluate.evaluate)
 app.command()(import_xtuner.import_xtuner)
 app.command()(doctor.doctor)

@@ -7,7 +7,6 @@ import base64
 import io
 import struct
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -44,7 +43,7 @@ def _opened(
     source: Path | BinaryIO,
     where: str | Path,
     max_pixels: int,
-    formats: Sequence[str] | None = None,
+    formats: tuple[str, ...] | None = None,
 ) -> Image.Image:
     try:
         image = Image.open(source, formats=formats)
@@ -94,7 +93,7 @@ def open_picture(path: Path) -> Image.Image:
     return rgb(_open(path), path)
 
 
-def peek(data: bytes, where: str, max_pixels: int, formats: Sequence[str]) -> Image.Image:
+def peek(data: bytes, where: str, max_pixels: int, formats: tuple[str, ...]) -> Image.Image:
     """Open the bytes of a picture file without decoding them, for `rgb` to do so once its size is accepted.
 
     Args:

@@ -83,9 +83,7 @@ class Engine(Protocol):
     def generate(self, requests: Sequence[Request], settings: GenerationSettings) -> list[Joke]:
         """Answer requests, in their order."""
 
-    def stream(
-        self, request: Request, settings: GenerationSettings
-    ) -> Generator[str, None, Joke]:
+    def stream(self, request: Request, settings: GenerationSettings) -> Generator[str, None, Joke]:
         """Answer one request piece by piece; the pieces joined are the text of the joke returned at the end."""
 
     def score(self, request: Request, choices: Sequence[str]) -> list[float]:

@@ -83,9 +83,7 @@ class BuiltinEngine:
             torch.manual_seed(seed)
             yield
 
-    def stream(
-        self, request: Request, settings: GenerationSettings
-    ) -> Generator[str, None, Joke]:
+    def stream(self, request: Request, settings: GenerationSettings) -> Generator[str, None, Joke]:
         """Answer one request piece by piece; the pieces joined are the text of the joke returned at the end."""
         streamer = TextIteratorStreamer(
             self._processor.tokenizer, skip_prompt=True, skip_special_tokens=True

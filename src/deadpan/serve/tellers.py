@@ -183,6 +183,10 @@ class Tellers:
         """The tellers that can be asked."""
         return list(self._workers)
 
+    def check(self, name: str) -> None:
+        """Raise `UnknownTeller` if no teller has the name."""
+        self._worker(name)
+
     def waiting(self, name: str) -> int:
         """The questions that wait for one of them."""
         return self._worker(name).waiting()

@@ -1,0 +1,124 @@
+"""`deadpan serve`."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from deadpan.engines.base import Engine
+
+
+def serve(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="Checkpoint folders, run folders, Hub ids or nano; NAME=MODEL gives one a name of its own.",
+        ),
+    ],
+    host: Annotated[
+        str, typer.Option(help="Where to listen; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="DEADPAN_API_KEY",
+            help="What requests must carry as bearer token; in the environment it is hidden from `ps`.",
+        ),
+    ] = None,
+    allow_remote_images: Annotated[
+        bool,
+        typer.Option(
+            "--allow-remote-images",
+            help="Fetch pictures by http(s) from public addresses; else requests hold them.",
+        ),
+    ] = False,
+    queue: Annotated[
+        int,
+        typer.Option(min=8, help="Questions that may wait for one model; more are refused (429)."),
+    ] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 8,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds from a question to the end of its answer.")
+    ] = 120.0,
+    max_picture_mb: Annotated[
+        int, typer.Option(min=1, help="The most MiB of a picture file.")
+    ] = 10,
+    max_megapixels: Annotated[
+        int, typer.Option(min=1, max=178, help="The most megapixels of a picture.")
+    ] = 20,
+    max_tiles: Annotated[
+        int | None,
+        typer.Option(help="The most tiles a picture is cut into; by default the checkpoint's own."),
+    ] = None,
+    attention: Annotated[str, typer.Option(help="auto, eager, sdpa, flash or varlen.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (bf16 on a GPU, else fp32), bf16, fp16 or fp32.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    quantization: Annotated[str, typer.Option(help="none or nf4.")] = "none",
+) -> None:
+    """Serve models to OpenAI's clients, under /v1 (chat completions with pictures, streams, models).
+
+    SIGTERM or Ctrl-C stops it: it takes nothing new, and answers what it has been asked.
+
+    Example: deadpan serve base=OpenGVLab/InternVL2-2B tuned=runs/first --port 8000
+    """
+    from deadpan.cli.progress import bar
+    from deadpan.serve.app import create_app
+    from deadpan.serve.remote import Remote
+    from deadpan.serve.server import listen
+    from deadpan.serve.server import serve as run
+    from deadpan.serve.tellers import Tellers
+    from deadpan.teller import load
+
+    named = _named(models)
+    listener = listen(host, port)  # before the models: an error is to come at once
+    engines: dict[str, Engine] = {}
+    for name, model in named.items():
+        with bar(f"loading {name}") as progress:
+            engines[name] = load(
+                model,
+                device=device,
+                dtype=dtype,
+                attention=attention,
+                quantization=quantization,
+                max_tiles=max_tiles,
+                progress=progress,
+            ).engine
+    app = create_app(
+        Tellers(engines, queue, batch, timeout),
+        api_key=api_key,
+        remote=Remote() if allow_remote_images else None,
+        max_picture_bytes=max_picture_mb * 2**20,
+        max_pixels=max_megapixels * 10**6,
+    )
+    shown = f"[{host}]" if ":" in host else host
+    address = f"http://{shown}:{listener.getsockname()[1]}/v1"
+    typer.echo(f"deadpan serves {', '.join(named)} at {address} (Ctrl-C stops it)")
+    run(app, listener, timeout)
+
+
+def _named(models: list[str]) -> dict[str, str]:
+    """Each model by its name: the one given, the folder's, or the Hub id."""
+    from pathlib import Path
+
+    from deadpan.errors import DeadpanError
+
+    named: dict[str, str] = {}
+    for text in models:
+        label, equals, model = text.partition("=")
+        if not equals or "/" in label:
+            folder = Path(text)
+            label, model = folder.resolve().name if folder.is_dir() else text, text
+        if not label or not model:
+            raise DeadpanError("A model or its name is empty.", found=text, expected="NAME=MODEL")
+        if label in named:
+            raise DeadpanError(
+                f"Two models have the name {label!r}.",
+                found=f"{named[label]} and {model}",
+                fix=f"name one: {label}-2={model}",
+            )
+        named[label] = model
+    return named
