@@ -1,8 +1,7 @@
 """Many askers, one engine: what is batched, refused, dropped and finished."""
 
 import asyncio
-import threading
-from collections.abc import AsyncGenerator, Coroutine, Generator, Sequence
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, cast
 
 import pytest
@@ -10,7 +9,6 @@ from PIL import Image
 
 from deadpan.data.records import Turn
 from deadpan.engines.base import GenerationSettings, Joke, Request
-from deadpan.errors import DeadpanError
 from deadpan.serve.tellers import (
     AnswerTimeout,
     QueueFull,
@@ -18,45 +16,11 @@ from deadpan.serve.tellers import (
     Tellers,
     UnknownTeller,
 )
+from echo import Echo
 
 GREEDY = GenerationSettings()
 SEEDED = GenerationSettings(temperature=1.0, seed=1)
 DOT = Image.new("RGB", (1, 1))
-
-
-class Echo:
-    """Says the question back, once it is let; a question `bad` is a mistake."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[str]] = []
-        self.threads: set[int] = set()
-        self.let, self.begun = threading.Event(), threading.Event()
-        self.closed = False
-
-    def generate(self, requests: Sequence[Request], settings: GenerationSettings) -> list[Joke]:
-        texts = [f"{request.turns[0].text}/{len(request.images)}" for request in requests]
-        self.batches.append([request.turns[0].text for request in requests])
-        self.threads.add(threading.get_ident())
-        self.begun.set()
-        assert self.let.wait(30)
-        if any(text.startswith("bad") for text in texts):
-            raise DeadpanError("bad question")
-        return [Joke(text, 1, 1, "stop") for text in texts]
-
-    def stream(self, request: Request, settings: GenerationSettings) -> Generator[str, None, Joke]:
-        text = request.turns[0].text
-        for letter in text:
-            self.batches.append([letter])
-            self.begun.set()
-            yield letter
-            assert self.let.wait(30)
-        return Joke(text, 1, len(text), "stop")
-
-    def score(self, request: Request, choices: Sequence[str]) -> list[float]:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        self.closed = True
 
 
 def run(coroutine: Coroutine[Any, Any, None]) -> None:
