@@ -34,9 +34,11 @@ REFUSED = frozenset({400})
 EITHER = frozenset({200, 400})
 
 
-def good(**more: Any) -> dict[str, Any]:
-    messages = question(data_uri(picture((40, 30))))
-    return {"model": "nano", "messages": messages, "max_tokens": 4, **more}
+def good() -> dict[str, Any]:
+    return {"model": "nano", "messages": question(_GOOD), "max_tokens": 4}
+
+
+_GOOD = data_uri(picture((40, 30)))
 
 
 def showing(url: str) -> bytes:
@@ -123,9 +125,12 @@ def _webp(width: int, height: int) -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
+_BOMB = zlib.compress(bytes(64 * MIB), 9)
+"""64 MiB in 64 KiB."""
+
+
 def lying(rng: random.Random) -> Case:
     size = rng.choice([(30_000, 30_000), (2**31 - 1, 2**31 - 1), (65_535, 400), (0, 5)])
-    bomb = zlib.compress(bytes(64 * MIB), 9)
     gif = b"GIF89a" + struct.pack("<HH", 65_535, 65_535) + b"\x80\0\0" + bytes(6) + b","
     jpeg = _FILES["JPEG"]
     start = jpeg.index(b"\xff\xc0")
@@ -133,8 +138,8 @@ def lying(rng: random.Random) -> Case:
     files = {
         "bomb": [
             (png(*size), REFUSED),
-            (png(10, 10, (b"zTXt", b"a\0\0" + bomb)), EITHER),
-            (png(10, 10, (b"iCCP", b"a\0\0" + bomb)), EITHER),
+            (png(10, 10, (b"zTXt", b"a\0\0" + _BOMB)), EITHER),
+            (png(10, 10, (b"iCCP", b"a\0\0" + _BOMB)), EITHER),
             (huge, REFUSED),
             (gif + struct.pack("<HHHH", 0, 0, 65_535, 65_535) + b"\0", REFUSED),
             (_webp(16_383, 16_383), REFUSED),
@@ -214,17 +219,22 @@ def abuse(url: str, server: psutil.Process, requests: int, seed: int) -> dict[st
     met: collections.Counter[str] = collections.Counter()
     wrong_answers: list[str] = []
     memory = []
+
+    def note(what: str) -> None:
+        print(what, file=sys.stderr)
+        wrong_answers.append(what)
+
     for number in range(requests):
         make = large if number % LARGE_EACH == LARGE_EACH - 1 else rng.choice(KINDS)
         kind, body, statuses = make(rng)
         status, answer = send(address, body)
         met[f"{kind}: {status}"] += 1
         if status not in statuses or (status != 200 and "error" not in answer):
-            wrong_answers.append(f"request {number}, {kind}: {status} {answer} {body[:200]!r}")
+            note(f"request {number}, {kind}: {status} {answer} {body[:200]!r}")
         if number % 100 == 99 or number == requests - 1:
             status, answer = send(address, json.dumps(good()).encode())
             if status != 200:
-                wrong_answers.append(f"the good question after request {number}: {status} {answer}")
+                note(f"the good question after request {number}: {status} {answer}")
             memory.append(round(server.memory_info().rss / MIB))
     return {
         "requests": requests,

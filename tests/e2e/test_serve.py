@@ -178,9 +178,13 @@ def test_a_stop_finishes_what_is_running_and_takes_nothing_new(
 
 def test_mistakes_on_the_command_line(server: Server, tmp_path: Path) -> None:
     taken = re.findall(r":(\d+)/", server.url)[0]
-    twice, busy = run_deadpan(
-        tmp_path, ["serve", "nano", "nano"], ["serve", "nano", "--port", taken]
+    twice, busy, empty = run_deadpan(
+        tmp_path,
+        ["serve", "nano", "nano"],
+        ["serve", "nano", "--port", taken],
+        ["serve", "nano", "--api-key", ""],
     )
-    assert (twice.code, busy.code) == (1, 1)
+    assert (twice.code, busy.code, empty.code) == (1, 1, 1)
     assert "Two models have the name 'nano'" in twice.error
     assert "cannot be listened on" in busy.error
+    assert "The API key is empty" in empty.error

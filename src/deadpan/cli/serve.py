@@ -65,16 +65,24 @@ def serve(
 
     Example: deadpan serve base=OpenGVLab/InternVL2-2B tuned=runs/first --port 8000
     """
+    from deadpan.errors import DeadpanError
+    from deadpan.serve.server import listen
+    from deadpan.serve.server import serve as run
+
+    named = _named(models)
+    if api_key == "":
+        raise DeadpanError(
+            "The API key is empty.", where="--api-key", fix="leave it out, or give one"
+        )
+    # Before the models and all that they need: a mistake is to be told at once.
+    listener = listen(host, port)
+
     from deadpan.cli.progress import bar
     from deadpan.serve.app import create_app
     from deadpan.serve.remote import Remote
-    from deadpan.serve.server import listen
-    from deadpan.serve.server import serve as run
     from deadpan.serve.tellers import Tellers
     from deadpan.teller import load
 
-    named = _named(models)
-    listener = listen(host, port)  # before the models: an error is to come at once
     engines: dict[str, Engine] = {}
     for name, model in named.items():
         with bar(f"loading {name}") as progress:
@@ -94,6 +102,8 @@ def serve(
         max_picture_bytes=max_picture_mb * 2**20,
         max_pixels=max_megapixels * 10**6,
     )
+    if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
+        typer.echo(f"warning: whoever reaches {host} may ask; DEADPAN_API_KEY sets a key", err=True)
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listener.getsockname()[1]}/v1"
     typer.echo(f"deadpan serves {', '.join(named)} at {address} (Ctrl-C stops it)")
