@@ -236,6 +236,14 @@ def test_models(client: TestClient) -> None:
     assert client.get("/v1/models/echo").json() == listed["data"][0]
 
 
+def test_the_schema_says_what_is_taken_and_refused(client: TestClient) -> None:
+    schema = client.get("/openapi.json").json()
+    request = schema["components"]["schemas"]["ChatRequest"]
+    assert request["additionalProperties"] is False
+    assert request["required"] == ["model", "messages"]
+    assert set(schema["paths"][CHAT]["post"]["responses"]) == {"200", "4XX"}
+
+
 class Broken(Echo):
     def generate(self, requests: Any, settings: GenerationSettings) -> list[Joke]:
         raise RuntimeError("secret in /home/me")

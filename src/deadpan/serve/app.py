@@ -62,6 +62,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        responses={"4XX": {"description": "A refusal, in OpenAI's form."}},
     )
     metrics = Metrics(tellers)
     max_body = 2 * max_picture_bytes  # base64 takes four thirds
