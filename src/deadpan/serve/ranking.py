@@ -8,6 +8,10 @@ ranks are used too: 400 points are odds of ten to one.
 Unlike there, each teller is also given one tie with an imagined one in the middle. Without it a teller that has won all
 its votes would be infinitely strong, and tellers that no chain of votes connects could not be fitted at all. It weighs
 as much as one vote of many.
+
+And the bootstrap is the parametric one (B. Efron and R. Tibshirani, An Introduction to the Bootstrap, 1993, section
+6.5): outcomes are drawn by the fitted strengths, each pair meeting as often as it did. Votes drawn again from the votes
+would all be wins for a teller that has won its only one, which would then be better beyond doubt.
 """
 
 import math
@@ -61,7 +65,7 @@ def rank(votes: Sequence[Vote], resamples: int = RESAMPLES, seed: int = 0) -> li
 
     Args:
         votes: Those of a teller against itself are left out.
-        resamples: Of the votes, drawn with replacement, for the intervals.
+        resamples: Outcomes drawn for the intervals.
         seed: Of the drawing.
     """
     votes = [vote for vote in votes if vote.match.left != vote.match.right]
@@ -69,41 +73,44 @@ def rank(votes: Sequence[Vote], resamples: int = RESAMPLES, seed: int = 0) -> li
     if not names:
         return []
     index = {name: number for number, name in enumerate(names)}
-    # A cell for each pair in its order and each outcome: few, however many the votes.
-    counts = np.zeros((len(names), len(names), len(Outcome)))  # (left, right, outcome)
-    kinds = list(Outcome)
+    won, dry, bad = np.zeros((3, len(names), len(names)))  # (teller, teller)
     for vote in votes:
-        counts[index[vote.match.left], index[vote.match.right], kinds.index(vote.outcome)] += 1
-    total, random = len(votes), np.random.default_rng(seed)
-    drawn = random.multinomial(total, counts.reshape(-1) / total, size=resamples)
-    drawn_wins = _wins(drawn.reshape(resamples, *counts.shape).astype(float))
-    ratings = _points(fit(_wins(counts[None]), np.full((1, len(names)), 0.5)))[0]
-    resampled = _points(fit(drawn_wins, random.random((resamples, len(names)))))
+        left, right = index[vote.match.left], index[vote.match.right]
+        match vote.outcome:
+            case Outcome.LEFT:
+                won[left, right] += 1
+            case Outcome.RIGHT:
+                won[right, left] += 1
+            case Outcome.BOTH_DRY:
+                dry[[left, right], [right, left]] += 1
+            case Outcome.BOTH_BAD:
+                bad[[left, right], [right, left]] += 1
+    ties = dry + bad
+    strengths = fit((won + ties / 2)[None])
+    drawn = _draw(strengths[0], won + won.T + ties, ties.sum() / 2, resamples, seed)
+    ratings, resampled = _points(strengths)[0], _points(fit(drawn))
     tail = (1 - _CONFIDENCE) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail], axis=0)
-    groups = _groups(counts.sum(axis=2))
-    standings = []
-    for number, name in enumerate(names):
-        left, right = counts[number].sum(axis=0), counts[:, number].sum(axis=0)  # (outcome,)
-        both = dict(zip(kinds, left + right, strict=True))
-        standings.append(
-            Standing(
-                rank=1 + int((low > high[number]).sum()),
-                teller=name,
-                rating=float(ratings[number]),
-                low=float(low[number]),
-                high=float(high[number]),
-                votes=int(sum(both.values())),
-                won=int(left[kinds.index(Outcome.LEFT)] + right[kinds.index(Outcome.RIGHT)]),
-                both_dry=int(both[Outcome.BOTH_DRY]),
-                both_bad=int(both[Outcome.BOTH_BAD]),
-                group=groups[number],
-            )
+    groups = _groups(won + ties)
+    standings = [
+        Standing(
+            rank=1 + int((low > high[number]).sum()),
+            teller=name,
+            rating=float(ratings[number]),
+            low=float(low[number]),
+            high=float(high[number]),
+            votes=int((won + won.T + ties)[number].sum()),
+            won=int(won[number].sum()),
+            both_dry=int(dry[number].sum()),
+            both_bad=int(bad[number].sum()),
+            group=groups[number],
         )
+        for number, name in enumerate(names)
+    ]
     return sorted(standings, key=lambda standing: -standing.rating)
 
 
-def fit(wins: np.ndarray, against_middle: np.ndarray) -> np.ndarray:
+def fit(wins: np.ndarray) -> np.ndarray:
     """The strengths of greatest likelihood, by Newton's method.
 
     Steps are damped by ln(1 + d) / d, d being the most that a difference of strengths would change: with this step the
@@ -112,14 +119,13 @@ def fit(wins: np.ndarray, against_middle: np.ndarray) -> np.ndarray:
 
     Args:
         wins: (sample, teller, teller): how often the first beat the second, ties being half a win.
-        against_middle: (sample, teller): what the teller wins of its vote against the imagined one, 0.5 for a tie.
 
     Returns:
         (sample, teller): natural logarithms of odds against the imagined teller in the middle.
     """
     samples, tellers, _ = wins.shape
     games = wins + wins.transpose(0, 2, 1)
-    won = wins.sum(axis=2) + against_middle
+    won = wins.sum(axis=2) + 0.5  # the tie with the imagined teller
     strengths = np.zeros((samples, tellers))
     diagonal = np.arange(tellers)
     for _ in range(_ITERATIONS):
@@ -145,11 +151,35 @@ def _logistic(x: np.ndarray) -> np.ndarray:
     return (1 + np.tanh(x / 2)) / 2
 
 
-def _wins(counts: np.ndarray) -> np.ndarray:
-    """(sample, left, right, outcome) -> (sample, teller, teller): wins of the first over the second."""
-    of = {outcome: counts[..., number] for number, outcome in enumerate(Outcome)}
-    ties = (of[Outcome.BOTH_DRY] + of[Outcome.BOTH_BAD]) / 2
-    wins: np.ndarray = of[Outcome.LEFT] + ties + (of[Outcome.RIGHT] + ties).transpose(0, 2, 1)
+def _draw(
+    strengths: np.ndarray, games: np.ndarray, ties: float, samples: int, seed: int
+) -> np.ndarray:
+    """Draw outcomes as the model has them.
+
+    Args:
+        strengths: (teller,)
+        games: (teller, teller): how often each pair has met, symmetric.
+        ties: How many of all votes were ties. All pairs are drawn as even: a share of their own would say from one
+            vote that a pair always ties.
+        samples: How many to draw.
+        seed: Of the drawing.
+
+    Returns:
+        (sample, teller, teller): wins of the first over the second, ties being half a win.
+    """
+    one, other = np.nonzero(np.triu(games))
+    beats = _logistic(strengths[one] - strengths[other])  # (pair,)
+    share = (ties + 1) / (games.sum() / 2 + 2)
+    # Half the ties are wins, so that unequal tellers tie less often.
+    tied = np.minimum(share, 2 * np.minimum(beats, 1 - beats))
+    outcomes = np.stack([beats - tied / 2, 1 - beats - tied / 2, tied], axis=1)  # (pair, outcome)
+    outcomes = outcomes.clip(0, 1)
+    drawn = np.random.default_rng(seed).multinomial(
+        games[one, other].astype(int), outcomes, size=(samples, len(one))
+    )  # (sample, pair, outcome)
+    wins = np.zeros((samples, *games.shape))
+    wins[:, one, other] = drawn[..., 0] + drawn[..., 2] / 2
+    wins[:, other, one] = drawn[..., 1] + drawn[..., 2] / 2
     return wins
 
 
