@@ -1,0 +1,156 @@
+"""The web page: tell, arena, runs.
+
+It is gradio, mounted on the server's own app, once for each language. Nothing is fetched from anywhere else: fonts are
+the system's, telemetry is off, and a Content-Security-Policy has the browser refuse whatever would leave the server.
+"""
+
+from pathlib import Path
+
+import gradio as gr
+from fastapi import FastAPI, Request
+from fastapi.responses import RedirectResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deadpan.serve.page import cards
+from deadpan.serve.page.arena import arena_tab
+from deadpan.serve.page.runs import runs_tab
+from deadpan.serve.page.tell import tell_tab
+from deadpan.serve.page.words import LANGUAGES, Words, preferred
+from deadpan.serve.tellers import Tellers
+from deadpan.serve.votes import Votes
+
+_MAX_PICTURE = 20 * 1024 * 1024
+"""Bytes of a picture that is dropped."""
+_KEPT = 3600
+"""Seconds that a dropped picture is kept for; those of matches are copied."""
+_POLICY = (
+    "default-src 'self'; img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; "
+    "style-src 'self' 'unsafe-inline'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; worker-src 'self' blob:; "
+    "frame-ancestors 'none'; base-uri 'self'; form-action 'self'"
+)
+"""gradio's own code needs inline styles and scripts, and evaluates templates."""
+_FONTS = [
+    "system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC",
+    "Noto Sans SC", "sans-serif",
+]  # fmt: skip
+
+
+def mount_page(app: FastAPI, tellers: Tellers, votes: Votes | None, runs: Path | None) -> None:
+    """Put the page on an app: in each language under its code, with `/` leading to the browser's own.
+
+    Args:
+        app: The server's app.
+        tellers: Who tells.
+        votes: Where the arena's votes go; without it, or with a single teller, there is no arena.
+        runs: A folder of run folders to show; without it, they have no tab.
+    """
+
+    @app.get("/", include_in_schema=False)
+    def language(request: Request) -> RedirectResponse:
+        words = preferred(request.headers.get("accept-language", ""))
+        return RedirectResponse(f"{request.scope.get('root_path', '')}/{words.code}/")
+
+    for words in LANGUAGES:
+        gr.mount_gradio_app(
+            app,
+            build(words, tellers, votes, runs),
+            f"/{words.code}",
+            footer_links=[],
+            run_history=False,
+            show_error=False,
+            max_file_size=_MAX_PICTURE,
+            ssr_mode=False,
+            enable_monitoring=False,
+            pwa=False,
+            mcp_server=False,
+            theme=_theme(),
+            css_paths=Path(__file__).with_name("page.css"),
+        )
+    paths = tuple(f"/{words.code}/" for words in LANGUAGES)
+    app.add_middleware(StaysHere, paths=paths)
+
+
+def build(words: Words, tellers: Tellers, votes: Votes | None, runs: Path | None) -> gr.Blocks:
+    """The page in one language."""
+    with gr.Blocks(
+        analytics_enabled=False, title=words.title, delete_cache=(_KEPT, _KEPT)
+    ) as blocks:
+        gr.HTML(cards.header(words, [other for other in LANGUAGES if other is not words]))
+        with gr.Tabs():
+            with gr.Tab(words.tell, id="tell"):
+                tell_tab(words, tellers)
+            if votes is not None and len(tellers.names()) > 1:
+                with gr.Tab(words.arena, id="arena") as tab:
+                    arena_tab(words, tellers, votes, tab)
+            if runs is not None:
+                with gr.Tab(words.runs, id="runs") as tab:
+                    runs_tab(words, runs, tab)
+    # The tellers have a queue of their own.
+    return blocks.queue(default_concurrency_limit=None)
+
+
+class StaysHere:
+    """Sends the policy with all that lies under some paths."""
+
+    def __init__(self, app: ASGIApp, paths: tuple[str, ...]) -> None:
+        self._app, self._paths = app, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = [
+                    (b"content-security-policy", _POLICY.encode()),
+                    (b"referrer-policy", b"no-referrer"),
+                    (b"x-content-type-options", b"nosniff"),
+                ]
+                message = {**message, "headers": [*message["headers"], *headers]}
+            await send(message)
+
+        ours = scope["type"] == "http" and scope["path"].startswith(self._paths)
+        await self._app(scope, receive, with_policy if ours else send)
+
+
+def _theme() -> gr.themes.Base:
+    paper, card, ink, soft, line, accent = (
+        "#f6f5f2", "#ffffff", "#1d1d1b", "#6c6a64", "#dedcd5", "#2f6f6a",
+    )  # fmt: skip
+    dark_paper, dark_card, dark_ink, dark_soft, dark_line, dark_accent = (
+        "#161716", "#1f2120", "#e9e7e1", "#9a988f", "#31332f", "#7fc4bd",
+    )  # fmt: skip
+    return gr.themes.Base(
+        primary_hue="teal",
+        neutral_hue="stone",
+        radius_size="lg",
+        font=_FONTS,
+        font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
+    ).set(
+        body_background_fill=paper,
+        body_background_fill_dark=dark_paper,
+        body_text_color=ink,
+        body_text_color_dark=dark_ink,
+        body_text_color_subdued=soft,
+        body_text_color_subdued_dark=dark_soft,
+        background_fill_primary=card,
+        background_fill_primary_dark=dark_card,
+        background_fill_secondary=paper,
+        background_fill_secondary_dark=dark_paper,
+        border_color_primary=line,
+        border_color_primary_dark=dark_line,
+        block_background_fill=card,
+        block_background_fill_dark=dark_card,
+        block_border_color=line,
+        block_border_color_dark=dark_line,
+        block_label_text_color=soft,
+        block_label_text_color_dark=dark_soft,
+        color_accent=accent,
+        button_primary_background_fill=accent,
+        button_primary_background_fill_hover="#275d59",
+        button_primary_background_fill_dark=dark_accent,
+        button_primary_background_fill_hover_dark="#94d1cb",
+        button_primary_text_color="#ffffff",
+        button_primary_text_color_dark=dark_paper,
+        button_secondary_background_fill=card,
+        button_secondary_background_fill_dark=dark_card,
+        button_secondary_border_color=line,
+        button_secondary_border_color_dark=dark_line,
+    )
