@@ -29,6 +29,14 @@ _POLICY = (
     "frame-ancestors 'none'; base-uri 'self'; form-action 'self'"
 )
 """gradio's own code needs inline styles and scripts, and evaluates templates."""
+_ICON = (
+    '<link rel="icon" href="data:image/svg+xml,'
+    "<svg xmlns=%22http://www.w3.org/2000/svg%22 viewBox=%220 0 32 32%22>"
+    "<circle cx=%2216%22 cy=%2216%22 r=%2215%22 fill=%22%232f6f6a%22/>"
+    "<path d=%22M9 12h4M19 12h4M10 22h12%22 stroke=%22white%22 stroke-width=%222.4%22/></svg>"
+    '">'
+)
+"""A straight face."""
 _FONTS = [
     "system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC",
     "Noto Sans SC", "sans-serif",
@@ -50,6 +58,10 @@ def mount_page(app: FastAPI, tellers: Tellers, votes: Votes | None, runs: Path |
         words = preferred(request.headers.get("accept-language", ""))
         return RedirectResponse(f"{request.scope.get('root_path', '')}/{words.code}/")
 
+    @app.get("/manifest.json", include_in_schema=False)
+    def manifest() -> dict[str, str]:
+        return {"name": "deadpan", "display": "browser"}  # gradio's page asks for one at the root
+
     for words in LANGUAGES:
         gr.mount_gradio_app(
             app,
@@ -64,6 +76,7 @@ def mount_page(app: FastAPI, tellers: Tellers, votes: Votes | None, runs: Path |
             pwa=False,
             mcp_server=False,
             theme=_theme(),
+            head=_ICON,
             css_paths=Path(__file__).with_name("page.css"),
         )
     paths = tuple(f"/{words.code}/" for words in LANGUAGES)
@@ -73,7 +86,7 @@ def mount_page(app: FastAPI, tellers: Tellers, votes: Votes | None, runs: Path |
 def build(words: Words, tellers: Tellers, votes: Votes | None, runs: Path | None) -> gr.Blocks:
     """The page in one language."""
     with gr.Blocks(
-        analytics_enabled=False, title=words.title, delete_cache=(_KEPT, _KEPT)
+        analytics_enabled=False, title=words.title, fill_width=True, delete_cache=(_KEPT, _KEPT)
     ) as blocks:
         gr.HTML(cards.header(words, [other for other in LANGUAGES if other is not words]))
         with gr.Tabs():

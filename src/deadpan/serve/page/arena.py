@@ -33,7 +33,7 @@ def arena_tab(words: Words, tellers: Tellers, votes: Votes, tab: gr.Tab) -> None
             with gr.Row(visible=False, elem_id="ballot") as ballot:
                 buttons = {
                     outcome: gr.Button(
-                        text, elem_id=f"vote-{outcome.replace(' ', '-')}", min_width=120
+                        text, size="sm", elem_id=f"vote-{outcome.replace(' ', '-')}", min_width=118
                     )
                     for outcome, text in words.outcomes.items()
                 }
@@ -71,7 +71,7 @@ def arena_tab(words: Words, tellers: Tellers, votes: Votes, tab: gr.Tab) -> None
         shown = cards.match(
             words.sides, [told.left_answer, told.right_answer], [told.left, told.right]
         )
-        noted = cards.quiet(f"{words.outcomes[outcome]}. {words.voted}")
+        noted = cards.quiet(words.voted.format(words.outcomes[outcome]))
         return shown, None, gr.update(visible=False), noted, standings()
 
     def standings() -> str:
