@@ -4,31 +4,28 @@ It is gradio, mounted on the server's own app, once for each language. Nothing i
 the system's, telemetry is off, and a Content-Security-Policy has the browser refuse whatever would leave the server.
 """
 
+import hmac
+from collections.abc import Callable
 from pathlib import Path
 
 import gradio as gr
 from fastapi import FastAPI, Request
 from fastapi.responses import RedirectResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deadpan.serve.page import cards
 from deadpan.serve.page.arena import arena_tab
+from deadpan.serve.page.guard import PageGuard, UploadsOnly
 from deadpan.serve.page.runs import runs_tab
 from deadpan.serve.page.tell import tell_tab
 from deadpan.serve.page.words import LANGUAGES, Words, preferred
+from deadpan.serve.pictures import Pictures
 from deadpan.serve.tellers import Tellers
 from deadpan.serve.votes import Votes
 
-_MAX_PICTURE = 20 * 1024 * 1024
-"""Bytes of a picture that is dropped."""
+_FORM = 2**16
+"""Bytes that a request may have besides a picture."""
 _KEPT = 3600
 """Seconds that a dropped picture is kept for; those of matches are copied."""
-_POLICY = (
-    "default-src 'self'; img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; "
-    "style-src 'self' 'unsafe-inline'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; worker-src 'self' blob:; "
-    "frame-ancestors 'none'; base-uri 'self'; form-action 'self'"
-)
-"""gradio's own code needs inline styles and scripts, and evaluates templates."""
 _ICON = (
     '<link rel="icon" href="data:image/svg+xml,'
     "<svg xmlns=%22http://www.w3.org/2000/svg%22 viewBox=%220 0 32 32%22>"
@@ -43,14 +40,24 @@ _FONTS = [
 ]  # fmt: skip
 
 
-def mount_page(app: FastAPI, tellers: Tellers, votes: Votes | None, runs: Path | None) -> None:
+def mount_page(
+    app: FastAPI,
+    tellers: Tellers,
+    pictures: Pictures,
+    *,
+    votes: Votes | None = None,
+    runs: Path | None = None,
+    api_key: str | None = None,
+) -> None:
     """Put the page on an app: in each language under its code, with `/` leading to the browser's own.
 
     Args:
         app: The server's app.
         tellers: Who tells.
+        pictures: Opens what is dropped.
         votes: Where the arena's votes go; without it, or with a single teller, there is no arena.
         runs: A folder of run folders to show; without it, they have no tab.
+        api_key: What whoever opens the page must give as the password, under any name; None for none.
     """
 
     @app.get("/", include_in_schema=False)
@@ -65,12 +72,14 @@ def mount_page(app: FastAPI, tellers: Tellers, votes: Votes | None, runs: Path |
     for words in LANGUAGES:
         gr.mount_gradio_app(
             app,
-            build(words, tellers, votes, runs),
+            build(words, tellers, pictures, votes, runs),
             f"/{words.code}",
             footer_links=[],
             run_history=False,
             show_error=False,
-            max_file_size=_MAX_PICTURE,
+            max_file_size=pictures.max_bytes,
+            auth=None if api_key is None else _opened_by(api_key),
+            auth_message=words.locked,
             ssr_mode=False,
             enable_monitoring=False,
             pwa=False,
@@ -79,22 +88,27 @@ def mount_page(app: FastAPI, tellers: Tellers, votes: Votes | None, runs: Path |
             head=_ICON,
             css_paths=Path(__file__).with_name("page.css"),
         )
-    paths = tuple(f"/{words.code}/" for words in LANGUAGES)
-    app.add_middleware(StaysHere, paths=paths)
+    app.add_middleware(
+        PageGuard,
+        paths=[f"/{words.code}/" for words in LANGUAGES],
+        max_body=pictures.max_bytes + _FORM,
+    )
 
 
-def build(words: Words, tellers: Tellers, votes: Votes | None, runs: Path | None) -> gr.Blocks:
+def build(
+    words: Words, tellers: Tellers, pictures: Pictures, votes: Votes | None, runs: Path | None
+) -> gr.Blocks:
     """The page in one language."""
-    with gr.Blocks(
+    with UploadsOnly(
         analytics_enabled=False, title=words.title, fill_width=True, delete_cache=(_KEPT, _KEPT)
     ) as blocks:
         gr.HTML(cards.header(words, [other for other in LANGUAGES if other is not words]))
         with gr.Tabs():
             with gr.Tab(words.tell, id="tell"):
-                tell_tab(words, tellers)
+                tell_tab(words, tellers, pictures)
             if votes is not None and len(tellers.names()) > 1:
                 with gr.Tab(words.arena, id="arena") as tab:
-                    arena_tab(words, tellers, votes, tab)
+                    arena_tab(words, tellers, pictures, votes, tab)
             if runs is not None:
                 with gr.Tab(words.runs, id="runs") as tab:
                     runs_tab(words, runs, tab)
@@ -102,25 +116,9 @@ def build(words: Words, tellers: Tellers, votes: Votes | None, runs: Path | None
     return blocks.queue(default_concurrency_limit=None)
 
 
-class StaysHere:
-    """Sends the policy with all that lies under some paths."""
-
-    def __init__(self, app: ASGIApp, paths: tuple[str, ...]) -> None:
-        self._app, self._paths = app, paths
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def with_policy(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = [
-                    (b"content-security-policy", _POLICY.encode()),
-                    (b"referrer-policy", b"no-referrer"),
-                    (b"x-content-type-options", b"nosniff"),
-                ]
-                message = {**message, "headers": [*message["headers"], *headers]}
-            await send(message)
-
-        ours = scope["type"] == "http" and scope["path"].startswith(self._paths)
-        await self._app(scope, receive, with_policy if ours else send)
+def _opened_by(api_key: str) -> Callable[[str, str], bool]:
+    key = api_key.encode()
+    return lambda _, password: hmac.compare_digest(password.encode(), key)
 
 
 def _theme() -> gr.themes.Base:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import gradio as gr
 
-from deadpan.data.pictures import open_picture
 from deadpan.errors import DeadpanError
 from deadpan.serve.page import cards
-from deadpan.serve.page.tell import FURTHER, explain, picture_input, question_input
+from deadpan.serve.page.tell import FURTHER, explain, picture_input, question_input, read
 from deadpan.serve.page.words import Words
+from deadpan.serve.pictures import Pictures
 from deadpan.serve.ranking import rank
 from deadpan.serve.tellers import Tellers
 from deadpan.serve.votes import AlreadyVoted, Outcome, Votes
@@ -18,7 +18,9 @@ from deadpan.serve.votes import AlreadyVoted, Outcome, Votes
 _ANY = secrets.SystemRandom()
 
 
-def arena_tab(words: Words, tellers: Tellers, votes: Votes, tab: gr.Tab) -> None:
+def arena_tab(
+    words: Words, tellers: Tellers, pictures: Pictures, votes: Votes, tab: gr.Tab
+) -> None:
     """Build the tab."""
     match = gr.State()  # the id of the match that is shown; it never leaves the server
     gr.HTML(cards.quiet(words.arena_rules))
@@ -45,7 +47,7 @@ def arena_tab(words: Words, tellers: Tellers, votes: Votes, tab: gr.Tab) -> None
             return cards.quiet(words.no_picture), None, gr.update(visible=False), "", gr.skip()
         names = _ANY.sample(tellers.names(), 2)
         try:
-            image = await asyncio.to_thread(open_picture, Path(path))
+            image = await read(words, pictures, path)
             told = await asyncio.gather(
                 *(tellers.tell(name, [image], prompt, FURTHER) for name in names)
             )

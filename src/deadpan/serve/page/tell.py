@@ -9,12 +9,12 @@ from pathlib import Path
 import gradio as gr
 from PIL import Image
 
-from deadpan.data.pictures import open_picture
 from deadpan.data.records import PROMPT
 from deadpan.engines.base import GenerationSettings
 from deadpan.errors import DeadpanError
 from deadpan.serve.page import cards
 from deadpan.serve.page.words import Words
+from deadpan.serve.pictures import Pictures
 from deadpan.serve.tellers import AnswerTimeout, QueueFull, ShuttingDown, Tellers
 
 FIRST = GenerationSettings()
@@ -36,7 +36,7 @@ class Told:
     jokes: dict[str, list[str]] = field(default_factory=dict)
 
 
-def tell_tab(words: Words, tellers: Tellers) -> None:
+def tell_tab(words: Words, tellers: Tellers, pictures: Pictures) -> None:
     """Build the tab."""
     names = tellers.names()
     told = gr.State(Told())
@@ -62,7 +62,7 @@ def tell_tab(words: Words, tellers: Tellers) -> None:
         if told.subject != (path, prompt):
             told = Told((path, prompt))
         try:
-            image = await asyncio.to_thread(open_picture, Path(path))
+            image = await read(words, pictures, path)
         except DeadpanError as error:
             yield cards.quiet(explain(words, error)), told, gr.skip()
             return
@@ -109,6 +109,11 @@ def picture_input(words: Words, name: str) -> gr.Image:
 def question_input(words: Words) -> gr.Textbox:
     """What the tellers are asked."""
     return gr.Textbox(PROMPT, label=words.question, show_label=False, lines=2, max_length=2000)
+
+
+async def read(words: Words, pictures: Pictures, path: str) -> Image.Image:
+    """Open an uploaded picture, which may be broken or too large."""
+    return await pictures.open(await asyncio.to_thread(Path(path).read_bytes), words.picture)
 
 
 def explain(words: Words, error: DeadpanError) -> str:

@@ -52,6 +52,7 @@ class Words:
     no_runs: str
     probes: str
     step: str
+    locked: str
 
 
 ENGLISH = Words(
@@ -98,6 +99,7 @@ ENGLISH = Words(
     no_runs="No run here yet.",
     probes="What it said while it learned",
     step="step",
+    locked="Any name; the password is the server's API key.",
 )
 
 CHINESE = Words(
@@ -144,6 +146,7 @@ CHINESE = Words(
     no_runs="这里还没有训练记录。",
     probes="它边学边说过的话",
     step="步",
+    locked="用户名随意，密码是服务器的 API key。",
 )
 
 LANGUAGES = (ENGLISH, CHINESE)
