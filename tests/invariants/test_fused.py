@@ -85,9 +85,7 @@ def test_loss_and_gradients_are_those_of_transformers(
     assert_equal(expected, found, batch.supervised)
 
 
-def test_so_they_are_with_adapters_on_some_layers_only(
-    folder: Path, samples: list[Sample]
-) -> None:
+def test_so_they_are_with_adapters_on_some_layers_only(folder: Path, samples: list[Sample]) -> None:
     model = adapted(folder, ["q_proj", "v_proj", "up_proj"])
     batch = collate(samples, 0, packing=True)
     expected = plain(model, batch)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import gradio as gr
 from fastapi import FastAPI, Request
-from fastapi.responses import RedirectResponse
+from fastapi.responses import RedirectResponse, Response
 
 from deadpan.serve.page import cards
 from deadpan.serve.page.arena import arena_tab
@@ -27,11 +27,8 @@ _FORM = 2**16
 _KEPT = 3600
 """Seconds that a dropped picture is kept for; those of matches are copied."""
 _ICON = (
-    '<link rel="icon" href="data:image/svg+xml,'
-    "<svg xmlns=%22http://www.w3.org/2000/svg%22 viewBox=%220 0 32 32%22>"
-    "<circle cx=%2216%22 cy=%2216%22 r=%2215%22 fill=%22%232f6f6a%22/>"
-    "<path d=%22M9 12h4M19 12h4M10 22h12%22 stroke=%22white%22 stroke-width=%222.4%22/></svg>"
-    '">'
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><circle cx="16" cy="16" r="15" fill="#2f6f6a"/>'
+    '<path d="M9 12h4M19 12h4M10 22h12" stroke="#fff" stroke-width="2.4"/></svg>'
 )
 """A straight face."""
 _FONTS = [
@@ -65,9 +62,14 @@ def mount_page(
         words = preferred(request.headers.get("accept-language", ""))
         return RedirectResponse(f"{request.scope.get('root_path', '')}/{words.code}/")
 
+    # A browser asks for both at the root, wherever the page lies.
     @app.get("/manifest.json", include_in_schema=False)
     def manifest() -> dict[str, str]:
-        return {"name": "deadpan", "display": "browser"}  # gradio's page asks for one at the root
+        return {"name": "deadpan", "display": "browser"}
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    def icon() -> Response:
+        return Response(_ICON, media_type="image/svg+xml")
 
     for words in LANGUAGES:
         gr.mount_gradio_app(
@@ -85,7 +87,6 @@ def mount_page(
             pwa=False,
             mcp_server=False,
             theme=_theme(),
-            head=_ICON,
             css_paths=Path(__file__).with_name("page.css"),
         )
     app.add_middleware(

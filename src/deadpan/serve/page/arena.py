@@ -81,7 +81,11 @@ def arena_tab(
 
     outputs = [answers, match, ballot, said]
     start.click(
-        ask, [picture, prompt], [*outputs, start], show_progress_on=answers, api_visibility="private"
+        ask,
+        [picture, prompt],
+        [*outputs, start],
+        show_progress_on=answers,
+        api_visibility="private",
     )
     for outcome, button in buttons.items():
         button.click(

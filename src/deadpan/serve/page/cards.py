@@ -93,8 +93,10 @@ def probes(
         said = "".join(
             f"<li><span>{words.step} {step:,}</span> {escape(text)}</li>" for step, text in answers
         )
-        cards.append(f'<article class="probe">{image}<h3>{escape(name)}</h3><ol>{said}</ol></article>')
+        cards.append(
+            f'<article class="probe">{image}<h3>{escape(name)}</h3><ol>{said}</ol></article>'
+        )
     return (
-        f'<section><h2>{escape(run)} · {escape(words.probes)}</h2>'
+        f"<section><h2>{escape(run)} · {escape(words.probes)}</h2>"
         f'<div class="probes">{"".join(cards)}</div></section>'
     )

@@ -15,9 +15,8 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _OPEN = re.compile(
-    r"(|config|theme\.css|login/?|logout|(assets|static|svelte)/.*"
-    r"|gradio_api/(queue/(join|data)|upload|upload_progress|cancel|reset|startup-events|app_id|login_check|user"
-    r"|heartbeat/[^/]*|file=.*))"
+    r"(|theme\.css|login|logout|(assets|static)/.*"
+    r"|gradio_api/(queue/(join|data)|upload|upload_progress|cancel|heartbeat/[^/]*|file=.*))"
 )
 _POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; font-src 'self' data:; style-src 'self' 'unsafe-inline'; "

@@ -60,7 +60,9 @@ def find_runs(folder: Path) -> dict[str, Path]:
     ]
     logs.sort(key=lambda log: log.stat().st_mtime, reverse=True)
     return {
-        folder.absolute().name if log.parent == folder else str(log.parent.relative_to(folder)): log.parent
+        folder.absolute().name
+        if log.parent == folder
+        else str(log.parent.relative_to(folder)): log.parent
         for log in logs
     }
 
@@ -74,7 +76,9 @@ def render(words: Words, folder: Path, chosen: Sequence[str], axis: str) -> str:
         return cards.quiet(words.no_runs)
     try:
         with _drawing:
-            parts = [f'<div class="curve">{svg(read_all(list(runs.values())), Style(x=axis))}</div>']
+            parts = [
+                f'<div class="curve">{svg(read_all(list(runs.values())), Style(x=axis))}</div>'
+            ]
     except DeadpanError as error:
         parts = [cards.quiet(error.what)]
     for name, run in runs.items():

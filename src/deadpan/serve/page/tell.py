@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,7 +44,11 @@ def tell_tab(words: Words, tellers: Tellers, pictures: Pictures) -> None:
         with gr.Column(scale=2, min_width=280):
             picture = picture_input(words, "tell-picture")
             chosen = gr.CheckboxGroup(
-                names, value=names[:2], label=words.tellers, elem_id="tellers", visible=len(names) > 1
+                names,
+                value=names[:2],
+                label=words.tellers,
+                elem_id="tellers",
+                visible=len(names) > 1,
             )
             with gr.Accordion(words.question, open=False):
                 prompt = question_input(words)
@@ -128,7 +132,7 @@ async def _tell_all(
     told: Mapping[str, list[str]],
     image: Image.Image,
     prompt: str,
-) -> AsyncIterator[tuple[str, str | None]]:
+) -> AsyncGenerator[tuple[str, str | None]]:
     """The jokes of several tellers as they come: names with pieces, and with None at each joke's end."""
     pieces: asyncio.Queue[tuple[str, str | None]] = asyncio.Queue()
 
