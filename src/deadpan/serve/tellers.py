@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -222,7 +222,7 @@ class Tellers:
 
     async def stream(
         self, name: str, images: Sequence[Image.Image], prompt: str, settings: GenerationSettings
-    ) -> AsyncGenerator[str]:
+    ) -> AsyncIterator[str]:
         """One answer about all the pictures, piece by piece; raises as `tell`, when first read."""
         answer = self.pieces(name, _request(images, prompt), settings)
         async with contextlib.aclosing(answer):

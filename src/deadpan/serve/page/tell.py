@@ -139,11 +139,8 @@ async def _tell_all(
     async def listen(name: str) -> None:
         settings = FURTHER if told[name] else FIRST
         try:
-            async with contextlib.aclosing(
-                tellers.stream(name, [image], prompt, settings)
-            ) as stream:
-                async for piece in stream:
-                    pieces.put_nowait((name, piece))
+            async for piece in tellers.stream(name, [image], prompt, settings):
+                pieces.put_nowait((name, piece))
         except DeadpanError as error:
             pieces.put_nowait((name, explain(words, error)))
         pieces.put_nowait((name, None))
