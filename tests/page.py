@@ -12,12 +12,13 @@ from typing import Any
 import httpx
 import uvicorn
 from fastapi import FastAPI
+from PIL import Image
 
 from deadpan.engines.base import GenerationSettings, Joke, Request
 from deadpan.serve.app import create_app
 from deadpan.serve.page import mount_page
 from deadpan.serve.pictures import Pictures
-from deadpan.serve.server import listen
+from deadpan.serve.server import Server, listen
 from deadpan.serve.tellers import Tellers
 from deadpan.serve.votes import Votes
 
@@ -65,9 +66,7 @@ def page_app(
 def served(app: FastAPI) -> Iterator[str]:
     """Serve an app from a thread, at the address that is yielded."""
     listener = listen("127.0.0.1", 0)
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=1)
-    )
+    server = Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -136,3 +135,25 @@ def result(text: str) -> list[Any]:
     assert completed["success"], completed
     data: list[Any] = completed["output"]["data"]
     return data
+
+
+def make_runs(folder: Path) -> Path:
+    """Two runs, one of them within another folder, and what is none."""
+    Image.new("RGB", (40, 30), "teal").save(folder.parent / "cat.png")
+    for name in ("first", "sweep/second"):
+        run = folder / name
+        run.mkdir(parents=True)
+        (run / "recipe.yaml").write_text(f"data: {{train: {folder.parent / 'train.json'}}}\n")
+        steps = [{"step": step, "loss": 4 / step} for step in range(1, 9)]
+        lines = [*steps, {"step": 8, "eval_loss": 1.5}]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        told = [(4, "一只猫。"), (6, "一只猫。"), (8, "<b>它在等年终奖。")]
+        jokes = [
+            {"step": step, "picture": picture, "prompt": "?", "answer": answer}
+            for step, answer in told
+            for picture in ("cat.png", "gone.png")
+        ]
+        text = "".join(json.dumps(joke, ensure_ascii=False) + "\n" for joke in jokes)
+        (run / "jokes.jsonl").write_text(text + '{"step": 9, "pic', encoding="utf-8")
+    (folder / "notes").mkdir()
+    return folder

@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,6 @@ import gradio as gr
 import httpx
 import pytest
 from gradio.utils import get_upload_folder
-from PIL import Image
 
 from deadpan.serve.page import cards
 from deadpan.serve.page.guard import check_files
@@ -17,7 +15,7 @@ from deadpan.serve.page.runs import find_runs, probe_jokes, render
 from deadpan.serve.page.words import CHINESE, ENGLISH, LANGUAGES, preferred
 from deadpan.serve.ranking import rank
 from deadpan.serve.votes import Outcome, Votes
-from page import Comedian, Visitor, events, page_app, result, served
+from page import Comedian, Visitor, events, make_runs, page_app, result, served
 
 LEFT, RIGHT = "一只猫坐在桌子上。", "它是全家唯一读过用户协议的。"
 TELLERS = {"base-teller": LEFT, "tuned-teller": RIGHT}
@@ -232,28 +230,6 @@ def test_what_tellers_say_is_text(votes: Votes) -> None:
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
     return make_runs(tmp_path / "runs")
-
-
-def make_runs(folder: Path) -> Path:
-    """Two runs, one of them within another folder, and what is none."""
-    Image.new("RGB", (40, 30), "teal").save(folder.parent / "cat.png")
-    for name in ("first", "sweep/second"):
-        run = folder / name
-        run.mkdir(parents=True)
-        (run / "recipe.yaml").write_text(f"data: {{train: {folder.parent / 'train.json'}}}\n")
-        steps = [{"step": step, "loss": 4 / step} for step in range(1, 9)]
-        lines = [*steps, {"step": 8, "eval_loss": 1.5}]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        told = [(4, "一只猫。"), (6, "一只猫。"), (8, "<b>它在等年终奖。")]
-        jokes = [
-            {"step": step, "picture": picture, "prompt": "?", "answer": answer}
-            for step, answer in told
-            for picture in ("cat.png", "gone.png")
-        ]
-        text = "".join(json.dumps(joke, ensure_ascii=False) + "\n" for joke in jokes)
-        (run / "jokes.jsonl").write_text(text + '{"step": 9, "pic', encoding="utf-8")
-    (folder / "notes").mkdir()
-    return folder
 
 
 def test_runs_are_found_and_drawn(runs: Path) -> None:

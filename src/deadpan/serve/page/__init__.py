@@ -11,6 +11,7 @@ from pathlib import Path
 import gradio as gr
 from fastapi import FastAPI, Request
 from fastapi.responses import RedirectResponse, Response
+from starlette.routing import Mount
 
 from deadpan.serve.page import cards
 from deadpan.serve.page.arena import arena_tab
@@ -89,6 +90,12 @@ def mount_page(
             theme=_theme(),
             css_paths=Path(__file__).with_name("page.css"),
         )
+    # An open page keeps a connection for as long as it is open: it is not to keep the server from ending.
+    app.state.closing = [
+        route.app.stop_event.set
+        for route in app.routes
+        if isinstance(route, Mount) and isinstance(route.app, gr.routes.App)
+    ]
     app.add_middleware(
         PageGuard,
         paths=[f"/{words.code}/" for words in LANGUAGES],
