@@ -1,6 +1,7 @@
 import dataclasses
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,17 @@ def test_an_api_key_locks_the_page(tmp_path: Path) -> None:
             assert wrong.status_code == 400
             client.post(login, data={"username": "me", "password": "sesame"}).raise_for_status()
             assert "only" in client.get(f"{address}/en/").text
+
+
+def test_an_open_page_does_not_keep_the_server_from_ending() -> None:
+    app = page_app({"only": Comedian("1")})
+    with ExitStack() as browser, served(app) as address:
+        page = browser.enter_context(
+            httpx.stream("GET", f"{address}/en/gradio_api/heartbeat/x", trust_env=False)
+        )
+        lines = page.iter_lines()
+        assert next(lines) == "data: ALIVE"
+        # It is open while the server is told to end.
 
 
 def test_a_single_teller_has_no_arena(tmp_path: Path) -> None:
