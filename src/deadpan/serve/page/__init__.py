@@ -115,10 +115,10 @@ def build(
             with gr.Tab(words.tell, id="tell"):
                 tell_tab(words, tellers, pictures)
             if votes is not None and len(tellers.names()) > 1:
-                with gr.Tab(words.arena, id="arena") as tab:
+                with gr.Tab(words.arena, id="arena", elem_id="arena") as tab:
                     arena_tab(words, tellers, pictures, votes, tab)
             if runs is not None:
-                with gr.Tab(words.runs, id="runs") as tab:
+                with gr.Tab(words.runs, id="runs", elem_id="runs-tab") as tab:
                     runs_tab(words, runs, tab)
     # The tellers have a queue of their own.
     return blocks.queue(default_concurrency_limit=None)
