@@ -30,6 +30,7 @@ def deadpan_serve(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     ) as server:
         try:
             assert server.stdout is not None
+            server.stdout.readline()
             line = server.stdout.readline()
             found = re.fullmatch(r"the page is at (http://127\.0\.0\.1:\d+)/\n", line)
             assert found, (line, (folder / "server.log").read_text())
