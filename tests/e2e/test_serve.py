@@ -39,6 +39,7 @@ def serving(folder: Path, *arguments: str) -> Iterator[Server]:
     with (folder / "stderr").open("w") as error:
         process = subprocess.Popen(
             [str(DEADPAN), "serve", *arguments, "--port", "0", "--device", "cpu"],
+            cwd=folder,
             env={**ENVIRONMENT, "DEADPAN_API_KEY": "secret"},
             stdout=subprocess.PIPE,
             stderr=error,

@@ -21,6 +21,7 @@ from deadpan.cli import (
     serve,
     tell,
     train,
+    votes,
 )
 from deadpan.errors import DeadpanError
 
@@ -40,6 +41,7 @@ app.command()(export.export)
 app.command()(tell.tell)
 app.command()(serve.serve)
 app.command()(evaluate.evaluate)
+app.add_typer(votes.app, name="votes")
 app.command()(import_xtuner.import_xtuner)
 app.command()(doctor.doctor)
 

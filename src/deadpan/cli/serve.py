@@ -1,5 +1,6 @@
 """`deadpan serve`."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -48,6 +49,22 @@ def serve(
     max_megapixels: Annotated[
         int, typer.Option(min=1, max=178, help="The most megapixels of a picture.")
     ] = 20,
+    page: Annotated[
+        bool, typer.Option("--page/--no-page", help="Whether to serve the web page, at /.")
+    ] = True,
+    votes: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE.db",
+            help="The page's votes, once there are two models; their pictures lie in a folder beside it.",
+        ),
+    ] = Path("votes.db"),
+    runs: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR", help="Run folders that the page shows, if there is such a folder."
+        ),
+    ] = Path("runs"),
     max_tiles: Annotated[
         int | None,
         typer.Option(help="The most tiles a picture is cut into; by default the checkpoint's own."),
@@ -59,7 +76,10 @@ def serve(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
     quantization: Annotated[str, typer.Option(help="none or nf4.")] = "none",
 ) -> None:
-    """Serve models to OpenAI's clients, under /v1 (chat completions with pictures, streams, models).
+    """Serve models: a web page at /, and OpenAI's API under /v1 (chat completions with pictures, streams, models).
+
+    On the page tellers tell side by side; two of them, unnamed, are voted on; and training runs are shown.
+    Given an API key, the page asks for it as a password.
 
     SIGTERM or Ctrl-C stops it: it takes nothing new, and answers what it has been asked.
 
@@ -68,6 +88,7 @@ def serve(
     from deadpan.errors import DeadpanError
     from deadpan.serve.server import listen
     from deadpan.serve.server import serve as run
+    from deadpan.serve.votes import Votes
 
     named = _named(models)
     if api_key == "":
@@ -76,9 +97,11 @@ def serve(
         )
     # Before the models and all that they need: a mistake is to be told at once.
     listener = listen(host, port)
+    database = Votes(votes) if page and len(named) > 1 else None
 
     from deadpan.cli.progress import bar
     from deadpan.serve.app import create_app
+    from deadpan.serve.pictures import Pictures
     from deadpan.serve.remote import Remote
     from deadpan.serve.tellers import Tellers
     from deadpan.teller import load
@@ -95,25 +118,39 @@ def serve(
                 max_tiles=max_tiles,
                 progress=progress,
             ).engine
+    tellers = Tellers(engines, queue, batch, timeout)
+    max_bytes, max_pixels = max_picture_mb * 2**20, max_megapixels * 10**6
     app = create_app(
-        Tellers(engines, queue, batch, timeout),
+        tellers,
         api_key=api_key,
         remote=Remote() if allow_remote_images else None,
-        max_picture_bytes=max_picture_mb * 2**20,
-        max_pixels=max_megapixels * 10**6,
+        max_picture_bytes=max_bytes,
+        max_pixels=max_pixels,
     )
     if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
         typer.echo(f"warning: whoever reaches {host} may ask; DEADPAN_API_KEY sets a key", err=True)
     shown = f"[{host}]" if ":" in host else host
-    address = f"http://{shown}:{listener.getsockname()[1]}/v1"
-    typer.echo(f"deadpan serves {', '.join(named)} at {address} (Ctrl-C stops it)")
+    address = f"http://{shown}:{listener.getsockname()[1]}"
+    typer.echo(f"deadpan serves {', '.join(named)} at {address}/v1 (Ctrl-C stops it)")
+    if page:
+        from deadpan.serve.page import mount_page
+
+        mount_page(
+            app,
+            tellers,
+            Pictures(max_bytes=max_bytes, max_pixels=max_pixels),
+            votes=database,
+            runs=runs if runs.is_dir() else None,
+            api_key=api_key,
+        )
+        typer.echo(f"the page is at {address}/")
     run(app, listener, timeout)
+    if database is not None:
+        database.close()
 
 
 def _named(models: list[str]) -> dict[str, str]:
     """Each model by its name: the one given, the folder's, or the Hub id."""
-    from pathlib import Path
-
     from deadpan.errors import DeadpanError
 
     named: dict[str, str] = {}

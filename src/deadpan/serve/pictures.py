@@ -47,7 +47,7 @@ class Pictures:
         held: int = 16,
     ) -> None:
         self._remote = remote
-        self._max_bytes, self._max_pixels = max_bytes, max_pixels
+        self.max_bytes, self._max_pixels = max_bytes, max_pixels
         self.budget = Budget(held * max_pixels, "pixels")
         # Not the loop's own pool: others are not to wait behind a large picture.
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pictures")
@@ -63,6 +63,11 @@ class Pictures:
             QueueFull: If too many pixels are in memory already.
         """
         return [await self._picture(place, url) for place, url in places]
+
+    async def open(self, data: bytes, place: str) -> Image.Image:
+        """Open the bytes of a picture file; raises as `read`."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, self._decode, data, place)
 
     async def _picture(self, place: str, url: str) -> Image.Image:
         loop = asyncio.get_running_loop()
@@ -81,8 +86,8 @@ class Pictures:
                 where=place,
                 fix="send the picture itself, as data:image/png;base64,...",
             )
-        data = await self._remote.fetch(url, place, self._max_bytes)
-        return await loop.run_in_executor(self._pool, self._decode, data, place)
+        data = await self._remote.fetch(url, place, self.max_bytes)
+        return await self.open(data, place)
 
     def _from_uri(self, uri: str, place: str) -> Image.Image:
         head = _DATA_URI.match(uri)
@@ -94,8 +99,8 @@ class Pictures:
                 found=repr(uri[:40]),
             )
         encoded = len(uri) - head.end()
-        if encoded // 4 * 3 > self._max_bytes + 2:
-            raise too_many_bytes(place, self._max_bytes)
+        if encoded // 4 * 3 > self.max_bytes + 2:
+            raise too_many_bytes(place, self.max_bytes)
         try:
             data = base64.b64decode(uri[head.end() :], validate=True)
         except (binascii.Error, ValueError) as error:
@@ -103,8 +108,8 @@ class Pictures:
         return self._decode(data, place)
 
     def _decode(self, data: bytes, place: str) -> Image.Image:
-        if len(data) > self._max_bytes:
-            raise too_many_bytes(place, self._max_bytes)
+        if len(data) > self.max_bytes:
+            raise too_many_bytes(place, self.max_bytes)
         opened = pictures.peek(data, place, self._max_pixels, FORMATS)
         pixels = opened.width * opened.height
         self.budget.take(pixels)

@@ -25,6 +25,15 @@ def listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
+class Server(uvicorn.Server):
+    """Tells the app's parts when it begins to shut down, by calling what is in `app.state.closing`."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for close in getattr(self.config.app.state, "closing", ()):  # type: ignore[union-attr]
+            close()
+        await super().shutdown(sockets)
+
+
 def serve(app: FastAPI, listener: socket.socket, grace: float) -> None:
     """Serve until SIGTERM or Ctrl-C, then refuse what is new and finish what is running; a second Ctrl-C ends at once.
 
@@ -44,4 +53,4 @@ def serve(app: FastAPI, listener: socket.socket, grace: float) -> None:
     # uvicorn raises the signal again when it has shut down; to whoever stopped it, that is no failure.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(config).run(sockets=[listener])
