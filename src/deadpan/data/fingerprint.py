@@ -23,6 +23,7 @@ NEAR_EDGES = 24.0
 """The largest mean difference within any cell of 4x4 pixels of the small copies: a small thing that moved is another
 picture."""
 _SMALL = 32
+_MARGIN = 5
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Fingerprint:
     """What a picture is compared by.
 
     Attributes:
-        hash: The dHash: for each of 8x8 places, whether it is brighter than the one to its left.
+        hash: The dHash: for each of 8x8 places, whether it is brighter by a margin than the one to its left.
         small: uint8 of shape (32, 32, 3), the picture scaled down.
         aspect: Width over height.
     """
@@ -43,7 +44,8 @@ class Fingerprint:
 def fingerprint(picture: Image.Image) -> Fingerprint:
     """Take a picture's fingerprint."""
     grey = np.asarray(picture.convert("L").resize((9, 8), Image.Resampling.LANCZOS), dtype=int)
-    bits = (grey[:, 1:] > grey[:, :-1]).ravel()
+    # On an even ground the sign of a difference is chance, so a margin is asked for.
+    bits = (grey[:, 1:] > grey[:, :-1] + _MARGIN).ravel()
     small = picture.convert("RGB").resize((_SMALL, _SMALL), Image.Resampling.LANCZOS)
     value = int.from_bytes(np.packbits(bits).tobytes(), "big")
     return Fingerprint(value, np.asarray(small), picture.width / picture.height)

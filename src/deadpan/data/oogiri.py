@@ -376,9 +376,7 @@ def _look(path: Path) -> Fingerprint | str:
         return error.what
 
 
-def _kept(
-    rows: Iterable[_Row], prints: dict[str, Fingerprint | str], dropped: _Bin
-) -> list[_Row]:
+def _kept(rows: Iterable[_Row], prints: dict[str, Fingerprint | str], dropped: _Bin) -> list[_Row]:
     kept = []
     for row in rows:
         fault = None if row.image is None else prints[row.image]

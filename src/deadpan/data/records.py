@@ -327,7 +327,9 @@ def _record(entry: _Entry, path: Path, folder: Path) -> tuple[Record | None, lis
         return None, findings.problems
     _check_order(turns, findings)
     _check_texts(turns, images, findings)
-    record = Record(identifier, images, turns, path, entry.index, entry.line, folder, concepts, stars)
+    record = Record(
+        identifier, images, turns, path, entry.index, entry.line, folder, concepts, stars
+    )
     return record, findings.problems
 
 

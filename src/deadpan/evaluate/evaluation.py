@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from deadpan.data.records import normalised
 from deadpan.evaluate.answers import Answer, Question
 from deadpan.evaluate.form import Grounding, is_description, is_joke_form
-from deadpan.evaluate.memorisation import nearly_verbatim, normalised, verbatim
+from deadpan.evaluate.memorisation import nearly_verbatim, verbatim
 
 _RESAMPLES = 2000
 
