@@ -60,8 +60,8 @@ def test_no_difference_is_significant_about_5_times_of_100() -> None:
     small = 0
     for _ in range(400):
         shared = random.normal(size=40)
-        pair = [items(list(shared + random.normal(size=40))) for _ in range(2)]
-        small += difference(*pair, resamples=400).p <= 0.05
+        one, other = (items(list(shared + random.normal(size=40))) for _ in range(2))
+        small += difference(one, other, resamples=400).p <= 0.05
     assert 0.02 <= small / 400 <= 0.09
 
 

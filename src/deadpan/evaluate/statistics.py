@@ -9,12 +9,14 @@ test, up to the number of draws.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 RESAMPLES = 10_000
 _CHUNK = 2_000_000
+
+Unit = Literal["share", "number"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Items:
         pictures: For each item, what it is about; items of one picture stay together.
         weights: For each item, such as an answer's tokens; by default 1.
         chance: What guessing would give.
+        unit: "share" if the figure is from 0 to 1 and is told in percent.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Items:
     pictures: Sequence[str]
     weights: Sequence[float] | None = None
     chance: float | None = None
+    unit: Unit = "number"
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Metric:
         high: Its upper end.
         n: How many items it is taken over.
         chance: What guessing would give; None where guessing has no meaning.
+        unit: As of `Items`.
     """
 
     name: str
@@ -55,6 +60,7 @@ class Metric:
     high: float | None
     n: int
     chance: float | None = None
+    unit: Unit = "number"
 
     def to_json(self) -> dict[str, Any]:
         """The figure in JSON's own types."""
@@ -72,6 +78,7 @@ class Difference:
         high: Its upper end.
         p: Of the two-sided paired randomisation test: how often chance alone gives as large a difference.
         n: How many items both were measured on.
+        unit: As of `Items`.
     """
 
     name: str
@@ -80,6 +87,7 @@ class Difference:
     high: float
     p: float
     n: int
+    unit: Unit = "number"
 
     def to_json(self) -> dict[str, Any]:
         """The difference in JSON's own types."""
@@ -96,7 +104,7 @@ def metric(items: Items, seed: int = 0, resamples: int = RESAMPLES) -> Metric:
         ]
     )
     value = float(sums.sum() / weights.sum())
-    return Metric(items.name, value, low, high, len(items.values), items.chance)
+    return Metric(items.name, value, low, high, len(items.values), items.chance, items.unit)
 
 
 def difference(
@@ -131,7 +139,7 @@ def difference(
         # Equal up to rounding counts as equal.
         extreme += int((np.abs(exchanged) >= abs(value) - 1e-12).sum())
     p = (extreme + 1) / (resamples + 1)
-    return Difference(first.name, value, low, high, p, len(first.values))
+    return Difference(first.name, value, low, high, p, len(first.values), first.unit)
 
 
 def ndcg(relevance: Sequence[float]) -> float:
