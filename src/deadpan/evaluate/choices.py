@@ -1,6 +1,6 @@
 """CLoT's questions with given options: which is an answer to the picture, and which answer is liked more?
 
-Of the tasks of CLoT (arXiv 2312.02439, section 4), mTn offers m options of which n are answers that people gave, and
+Of the tasks of CLoT (arXiv 2312.02439), mTn offers m options of which n are answers that people gave, and
 the ranking task offers five answers to be put in the order of their likes. There a model is asked in words; here the
 options are scored by their likelihood, so that a small teller can be asked too. The wrong options are, as far as
 the data carry them:
