@@ -148,7 +148,7 @@ def difference_rows(found: Sequence[Difference]) -> list[tuple[str, str, str, st
     return [
         (
             one.name,
-            _signed(one, one.value),
+            _signed(one, one.value) + (" points" if one.unit == "share" else ""),
             f"{_signed(one, one.low)} to {_signed(one, one.high)}",
             f"{one.p:.4f}" if one.p >= 0.0002 else "< 0.0002",
         )
@@ -170,4 +170,4 @@ def _number(found: Metric, value: float) -> str:
 
 
 def _signed(found: Difference, value: float) -> str:
-    return f"{100 * value:+.1f} points" if found.unit == "share" else f"{value:+.3g}"
+    return f"{100 * value:+.1f}" if found.unit == "share" else f"{value:+.3g}"
