@@ -25,7 +25,7 @@ from deadpan.engines.base import GenerationSettings
 from deadpan.engines.builtin import BuiltinEngine
 from deadpan.errors import DeadpanError
 from deadpan.evaluate.answers import Answer, Question, ask, questions, read, write
-from deadpan.evaluate.evaluation import Evaluation, evaluate, rows
+from deadpan.evaluate.evaluation import GROUNDED_JOKES, Evaluation, evaluate, rows
 from deadpan.evaluate.likelihood import answer_loss
 from deadpan.evaluate.memorisation import verbatim
 from deadpan.report import comparison, curves, figure
@@ -202,7 +202,7 @@ class Demo:
 
     def _evaluate(self, progress: Progress) -> str:
         self._listen("tuned", self.folder / "run", progress, score=True)
-        both = [figures.grounded_jokes for figures in self.figures.values()]
+        both = [figures.get(GROUNDED_JOKES) for figures in self.figures.values()]
         base, tuned = (f"{share.value:.0%}" for share in both if share is not None)
         return f"jokes about what is in the picture: {base} before, {tuned} after"
 

@@ -175,8 +175,9 @@ def test_the_run_is_evaluated_and_drawn(desk: Path, training: Outcome, records: 
         ["doctor", "--json"],
     )
     assert (evaluated.code, drawn.code) == (0, 0), evaluated.error + drawn.error
-    figures = json.loads((desk / "figures.json").read_text())
-    assert (figures["questions"], figures["verbatim"]["value"]) == (4, 1.0)
+    figures = json.loads((desk / "figures.json").read_text())["models"]["runs/first"]
+    values = {metric["name"]: metric["value"] for metric in figures["metrics"]}
+    assert (figures["questions"], values["verbatim from training"]) == (4, 1.0)
     assert len((desk / "answers.jsonl").read_text().splitlines()) == 4
     assert "<svg" in (desk / "curve.svg").read_text()
     assert json.loads(doctor.out)

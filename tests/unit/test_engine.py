@@ -266,6 +266,21 @@ def test_a_score_is_the_training_loss_of_the_same_record_negated(
     assert len(set(scores)) == len(choices)
 
 
+def test_scores_do_not_depend_on_the_choices_beside_them_nor_on_the_kernel(
+    tiny: Path, engine: BuiltinEngine, requests: list[Request]
+) -> None:
+    choices = ["冷", "上班第一天，我就想退休。", "冷得像周一。", "Why is it funny?"]
+    together = engine.score(requests[0], choices)
+    alone = [engine.score(requests[0], [choice])[0] for choice in choices]
+    assert together == pytest.approx(alone, abs=1e-3)
+    for other in (
+        BuiltinEngine(load(tiny, device="cpu", attention="varlen")),
+        BuiltinEngine(load(tiny, device="cpu"), batch_size=3),
+    ):
+        assert other.score(requests[0], choices) == pytest.approx(together, abs=1e-3)
+    assert engine.score(requests[0], []) == []
+
+
 def test_a_score_counts_the_answers_of_a_history_as_given(
     engine: BuiltinEngine, loaded: Loaded, requests: list[Request]
 ) -> None:

@@ -1,9 +1,12 @@
 """The figures of a teller, and the definitions behind them."""
 
+from pathlib import Path
+
 import pytest
 
+from deadpan.data.records import Turn
 from deadpan.evaluate.answers import Answer, Question
-from deadpan.evaluate.evaluation import evaluate, share
+from deadpan.evaluate.evaluation import evaluate
 from deadpan.evaluate.form import Grounding, is_description, is_joke_form
 from deadpan.evaluate.memorisation import nearly_verbatim, verbatim
 
@@ -41,21 +44,18 @@ def test_punctuation_does_not_make_a_new_joke_and_near_is_not_equal() -> None:
 
 
 def test_an_evaluation_counts_answers() -> None:
-    asked = [Question((), (), (), {name: ()}, name) for name in ("猫", "狗")]
-    answers = [Answer("", "?", "猫说：早。", True), Answer("", "?", "图里左边有一只狗。", True)]
-    figures = evaluate(asked, answers, training=["猫说早"])
-    assert figures.joke_form.value == figures.descriptions.value == 0.5
-    assert figures.grounded is not None
-    assert figures.grounded.value == 1.0
-    assert figures.grounded_jokes is not None
-    assert figures.grounded_jokes.value == 0.5
-    assert figures.verbatim is not None
-    assert figures.verbatim.value == 0.5
-    assert figures.loss is None
-
-
-def test_the_interval_holds_the_share_and_is_the_same_each_time() -> None:
-    values = [True] * 30 + [False] * 10
-    found = share(values)
-    assert found.low < found.value == 0.75 < found.high
-    assert found == share(values)
+    turns = (Turn("human", "说"),)
+    asked = [Question((Path(name),), turns, (), {name: ()}, name) for name in ("猫", "狗")]
+    answers = [Answer("", "?", "猫说：猫。", True), Answer("", "?", "图里左边有一只狗。", True)]
+    figures = evaluate(asked, answers, training=["猫说猫"], loss=1.0)
+    values = {found.name: found.value for found in figures.metrics}
+    assert values["joke form"] == values["describes the picture"] == 0.5
+    assert values["grounded"] == 1.0
+    assert values["grounded and in joke form"] == values["verbatim from training"] == 0.5
+    assert values["characters an answer"] == 7.0
+    assert values["distinct-1"] == 10 / 11
+    assert values["perplexity"] == pytest.approx(2.71828, abs=1e-4)
+    assert figures.skipped == {}
+    whole = evaluate([Question((), turns, (), {}, "x")], answers[:1])
+    assert whole.skipped.keys() == {"grounded", "verbatim from training"}
+    assert whole.get("held-out loss") is None

@@ -256,3 +256,14 @@ def test_the_official_samples() -> None:
         ("two_humans_in_a_row", "turn-order", "error"),
         ("eos_text_in_answer", "control-token", "error"),
     ]
+
+
+@pytest.mark.parametrize(("stars", "sound"), [(None, True), (0, True), (7, True), (-1, False)])
+def test_likes_are_a_number_or_unknown(tmp_path: Path, stars: int | None, sound: bool) -> None:
+    turns = [{"from": "human", "value": "说"}, {"from": "gpt", "value": "冷。"}]
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps([{"conversations": turns, "stars": stars}]))
+    records, problems = read(path)
+    assert [problem.code for problem in problems] == ([] if sound else ["bad-stars"])
+    if sound:
+        assert records[0].stars == stars

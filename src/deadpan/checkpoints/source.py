@@ -3,6 +3,7 @@
 import os
 from enum import StrEnum
 from pathlib import Path
+from typing import Any, Literal
 
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import snapshot_download
@@ -73,7 +74,7 @@ def resolve(model: str | Path) -> Path:
             expected="a checkpoint folder, a run folder, a Hub id such as OpenGVLab/InternVL2-2B, or nano",
             found=f"no folder {folder.absolute()}",
         )
-    return _download(str(model))
+    return download(str(model))
 
 
 def _pointed(link: Path) -> Path | None:
@@ -83,11 +84,30 @@ def _pointed(link: Path) -> Path | None:
     return link.resolve() if link.is_dir() else None
 
 
-def _download(repo: str) -> Path:
+def download(
+    repo: str, kind: Literal["model", "dataset"] = "model", folder: Path | None = None
+) -> Path:
+    """Fetch a repository from the Hub; what is there already is not fetched again.
+
+    Args:
+        repo: OWNER/NAME.
+        kind: Of a model only what deadpan reads is fetched, of a data set everything.
+        folder: Where to put it; by default the Hub's cache.
+
+    Returns:
+        The folder that holds it.
+
+    Raises:
+        DeadpanError: If the Hub has no such repository, withholds it, or cannot be reached.
+    """
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    local = f"download it elsewhere and pass the folder: hf download {repo} --local-dir {Path(repo).name}"
+    options: dict[str, Any] = {"allow_patterns": NEEDED_FILES} if kind == "model" else {}
+    if kind != "model":
+        options["repo_type"] = kind
+    if folder is not None:
+        options["local_dir"] = folder
     try:
-        return Path(snapshot_download(repo, allow_patterns=NEEDED_FILES))
+        return Path(snapshot_download(repo, **options))
     except HFValidationError:
         raise DeadpanError(
             f"{repo!r} is neither a folder nor a valid Hub id.",
@@ -101,18 +121,23 @@ def _download(repo: str) -> Path:
         ) from None
     except RepositoryNotFoundError:
         raise DeadpanError(
-            f"The Hub has no model {repo!r}, or it is private.",
+            f"The Hub has no {kind} {repo!r}, or it is private.",
             where=endpoint,
-            fix="check the spelling; for a private model run: hf auth login",
+            fix="check the spelling; for a private one run: hf auth login",
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, _TRANSPORT_ERROR, OSError) as error:
         # LocalEntryNotFoundError is also how huggingface_hub says HF_HUB_OFFLINE=1.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        flag = "" if kind == "model" else f" --repo-type {kind}"
+        command = f"hf download {repo}{flag} --local-dir {Path(repo).name}"
         raise DeadpanError(
-            f"There is no folder {repo!r}, and the Hub cannot be reached.",
+            f"There is no folder {repo!r}, and the Hub cannot be reached."
+            if kind == "model" and folder is None
+            else f"{repo} cannot be fetched: the Hub cannot be reached.",
             where=endpoint,
             found=reason,
-            fix=f"set HF_ENDPOINT to a mirror, unset HF_HUB_OFFLINE, or {local}",
+            fix="set HF_ENDPOINT to a mirror, unset HF_HUB_OFFLINE, or download it elsewhere and pass the "
+            f"folder: {command}",
         ) from None
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from deadpan.cli import data_import
 from deadpan.cli.progress import bar
 
 if TYPE_CHECKING:
@@ -20,7 +21,10 @@ _ROWS = 50
 _BARS = 16
 _BAR_WIDTH = 30
 
-app = typer.Typer(help="Check, measure and look through training records.", no_args_is_help=True)
+app = typer.Typer(
+    help="Import, check, measure and look through training records.", no_args_is_help=True
+)
+app.add_typer(data_import.app, name="import")
 
 File = Annotated[
     Path, typer.Argument(metavar="FILE", help="The records: a JSON array or JSON lines.")

@@ -15,6 +15,7 @@ from deadpan.cli import (
     doctor,
     evaluate,
     export,
+    fetch,
     import_xtuner,
     plot,
     recipe,
@@ -33,6 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(demo.demo)
+app.add_typer(fetch.app, name="fetch")
 app.add_typer(data.app, name="data")
 app.add_typer(recipe.app, name="recipe")
 app.command()(train.train)

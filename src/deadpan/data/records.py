@@ -9,7 +9,8 @@ A file is a JSON array or JSON lines; the first character decides, not the file'
 where `id` is optional, `image` is a path, a list of paths or null, and each `<image>` marks where a
 picture goes. `concepts`, also optional, names what the pictures show, each with the puns on it that
 count as naming it: `{"雨伞": ["好聚好伞"]}`; evaluation asks it whether an answer is about the
-picture. Other keys are metadata and are left alone.
+picture. `stars`, optional too, counts the likes that the answer got; null is unknown. Other keys are
+metadata and are left alone.
 """
 
 import json
@@ -55,6 +56,7 @@ CONTROL_TOKENS = (
 
 _CONTROL_TOKEN = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_NOT_WORDS = re.compile(r"[\W_]+")
 _JSON_SPACE = " \t\r\n"
 _OTHER_PICTURE_KEYS = ("images", "img", "image_path", "picture", "pictures", "video")
 _SHOWN_ERRORS = 5
@@ -100,6 +102,7 @@ class Record:
         line: The line number, from 1, in JSON lines; None in a JSON array.
         folder: What relative picture paths start from.
         concepts: What the pictures show: each name with the puns on it.
+        stars: How many people liked the answer; None if it is not known.
     """
 
     id: str | None
@@ -110,6 +113,7 @@ class Record:
     line: int | None
     folder: Path
     concepts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    stars: int | None = None
 
     @property
     def name(self) -> str:
@@ -125,6 +129,16 @@ class Record:
     def answers(self) -> tuple[str, ...]:
         """What gpt says, turn by turn."""
         return tuple(turn.text for turn in self.turns if turn.role == "gpt")
+
+
+def normalised(text: str) -> str:
+    """A text's letters and characters alone: punctuation and spaces do not make a new joke."""
+    return _NOT_WORDS.sub("", text).lower()
+
+
+def has_lone_surrogate(text: str) -> bool:
+    """Whether a text holds half a character, which no encoding can write."""
+    return _LONE_SURROGATE.search(text) is not None
 
 
 def read(path: Path, images: Path | None = None) -> tuple[list[Record], list[Problem]]:
@@ -308,11 +322,14 @@ def _record(entry: _Entry, path: Path, folder: Path) -> tuple[Record | None, lis
     images = _images(value, findings)
     turns = _turns(value, findings)
     concepts = _concepts(value, findings)
+    stars = _stars(value, findings)
     if images is None or turns is None or concepts is None:
         return None, findings.problems
     _check_order(turns, findings)
     _check_texts(turns, images, findings)
-    record = Record(identifier, images, turns, path, entry.index, entry.line, folder, concepts)
+    record = Record(
+        identifier, images, turns, path, entry.index, entry.line, folder, concepts, stars
+    )
     return record, findings.problems
 
 
@@ -387,6 +404,18 @@ def _concepts(value: dict[str, object], findings: _Findings) -> dict[str, tuple[
         )
         return None
     return {name: tuple(puns) for name, puns in given.items()}
+
+
+def _stars(value: dict[str, object], findings: _Findings) -> int | None:
+    stars = value.get("stars")
+    if stars is None:
+        return None
+    if isinstance(stars, bool) or not isinstance(stars, int) or stars < 0:
+        findings.error(
+            "bad-stars", f"stars: expected a number of likes or null, found {_excerpt(stars)}"
+        )
+        return None
+    return stars
 
 
 def _turns(value: dict[str, object], findings: _Findings) -> tuple[Turn, ...] | None:

@@ -109,17 +109,37 @@ class BuiltinEngine:
     def score(self, request: Request, choices: Sequence[str]) -> list[float]:
         """For each choice, log p(choice and its stop token | the conversation), in nats, summed over tokens."""
         prompt = self._inputs([request])
-        scores = []
-        for text in choices:
-            choice = torch.tensor([self._processor.choice(text)], device=self._device)  # (1, token)
-            inputs = dict(prompt)
-            inputs["input_ids"] = torch.cat([prompt["input_ids"], choice], dim=1)
-            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-            with torch.inference_mode(), kernels():
-                logits = self._model(**inputs, logits_to_keep=choice.shape[1] + 1).logits
-            log_probabilities = logits[0, :-1].float().log_softmax(dim=-1)  # (token, vocabulary)
-            scores.append(log_probabilities.gather(1, choice[0, :, None]).sum().item())
+        ids = [self._processor.choice(text) for text in choices]
+        scores: list[float] = []
+        with torch.inference_mode(), kernels():
+            for start in range(0, len(ids), self._batch_size):
+                # The picture and the question are read once a batch, whatever the number of choices.
+                scores += self._score(prompt, ids[start : start + self._batch_size])
         return scores
+
+    def _score(self, prompt: dict[str, torch.Tensor], choices: list[list[int]]) -> list[float]:
+        read = self._model(**prompt, use_cache=True, logits_to_keep=1)
+        cache = read.past_key_values
+        cache.batch_repeat_interleave(len(choices))
+        width = max(map(len, choices))
+        ids = torch.full((len(choices), width), self._processor.pad_id, device=self._device)
+        valid = torch.zeros_like(ids)
+        for row, choice in enumerate(choices):
+            ids[row, : len(choice)] = torch.tensor(choice)
+            valid[row, : len(choice)] = 1
+        before = prompt["attention_mask"].expand(len(choices), -1)
+        logits = read.logits.expand(len(choices), -1, -1)  # (choice, 1, vocabulary)
+        if width > 1:
+            rest = self._model(
+                input_ids=ids[:, :-1],
+                attention_mask=torch.cat([before, valid[:, :-1]], dim=1),
+                past_key_values=cache,
+            ).logits
+            logits = torch.cat([logits, rest], dim=1)  # (choice, token, vocabulary)
+        log_probabilities = logits.float().log_softmax(dim=-1)
+        chosen = log_probabilities.gather(2, ids[:, :, None])[:, :, 0]  # (choice, token)
+        sums: list[float] = (chosen * valid).sum(dim=1).tolist()
+        return sums
 
     def close(self) -> None:
         """Release the model's memory."""

@@ -1,34 +1,26 @@
 """A teller in figures: what it says about pictures it has not been trained on; and how likely it finds jokes."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
+from deadpan.data.records import normalised
 from deadpan.evaluate.answers import Answer, Question
+from deadpan.evaluate.choices import picture_name
 from deadpan.evaluate.form import Grounding, is_description, is_joke_form
-from deadpan.evaluate.memorisation import nearly_verbatim, normalised, verbatim
+from deadpan.evaluate.likelihood import LOSS
+from deadpan.evaluate.memorisation import nearly_verbatim, verbatim
+from deadpan.evaluate.statistics import Difference, Items, Metric, difference, metric
 
-_RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Share:
-    """A share of answers with its uncertainty.
-
-    Attributes:
-        value: From 0 to 1.
-        low: The lower end of the 95% bootstrap interval.
-        high: Its upper end.
-        of: How many answers it is a share of.
-    """
-
-    value: float
-    low: float
-    high: float
-    of: int
+JOKE_FORM = "joke form"
+GROUNDED = "grounded"
+GROUNDED_JOKES = "grounded and in joke form"
+DESCRIPTIONS = "describes the picture"
+VERBATIM = "verbatim from training"
+NEARLY_VERBATIM = "nearly verbatim"
+CHARACTERS = "characters an answer"
+PERPLEXITY = "perplexity"
 
 
 @dataclass(frozen=True)
@@ -37,34 +29,27 @@ class Evaluation:
 
     Attributes:
         questions: How many questions it was asked.
-        joke_form: Answers in the form of a joke (`deadpan.evaluate.form`).
-        grounded: Answers that name or pun on something pictured; None where the records do not say what is.
-        grounded_jokes: Both at once.
-        descriptions: Answers that describe the picture.
-        verbatim: Answers that are training answers word for word; None without training records.
-        nearly_verbatim: The same, or nearly.
-        distinct_1: Different characters over all characters of all answers.
-        distinct_2: Different pairs of neighbouring characters over all pairs.
-        characters: Mean length of an answer.
-        loss: Mean -log p of the reference answers' tokens, in nats; None if it was not computed.
-        perplexity: exp(loss).
+        metrics: The figures, as they are to be shown.
+        skipped: What the records cannot carry, and why.
+        items: What the figures with intervals are taken over, for comparing two tellers.
     """
 
     questions: int
-    joke_form: Share
-    grounded: Share | None
-    grounded_jokes: Share | None
-    descriptions: Share
-    verbatim: Share | None
-    nearly_verbatim: Share | None
-    distinct_1: float
-    distinct_2: float
-    characters: float
-    loss: float | None
-    perplexity: float | None
+    metrics: tuple[Metric, ...]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    items: tuple[Items, ...] = field(default=(), repr=False)
+
+    def get(self, name: str) -> Metric | None:
+        """A figure by its name, or None if it was not taken."""
+        return next((found for found in self.metrics if found.name == name), None)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The figures in JSON's own types."""
+        return {
+            "questions": self.questions,
+            "metrics": [found.to_json() for found in self.metrics],
+            "skipped": dict(self.skipped),
+        }
 
 
 def evaluate(
@@ -72,83 +57,117 @@ def evaluate(
     answers: Sequence[Answer],
     training: Sequence[str] | None = None,
     loss: float | None = None,
+    likelihood: Sequence[Items] = (),
+    skipped: Mapping[str, str] | None = None,
 ) -> Evaluation:
-    """Put answers into figures.
+    """Put answers and likelihoods into figures.
 
     Args:
         asked: The questions.
         answers: The answers to them, in the same order.
         training: The answers that the teller was trained on, for the shares it has by heart.
-        loss: The held-out loss, if it was computed.
+        loss: The held-out loss, where only that was computed.
+        likelihood: What `deadpan.evaluate.likelihood.likelihoods` returns.
+        skipped: The tasks that the records cannot carry, and why.
     """
+    items = [*_of_answers(asked, answers, training), *likelihood]
+    metrics = [metric(one) for one in items]
     texts = [answer.text for answer in answers]
-    jokes = [is_joke_form(answer.text, answer.finished) for answer in answers]
-    known = {name: puns for question in asked for name, puns in question.concepts.items()}
-    grounding = Grounding(known)
-    about = [
-        grounding.is_grounded(text, question.concepts)
-        for text, question in zip(texts, asked, strict=True)
+    # No interval: drawing answers with repetition makes repetitions that the teller did not make.
+    distinct = [
+        Metric(f"distinct-{n}", _distinct(texts, n), None, None, len(texts)) for n in (1, 2)
     ]
-    both = [a and b for a, b in zip(jokes, about, strict=True)]
-    return Evaluation(
-        questions=len(asked),
-        joke_form=share(jokes),
-        grounded=share(about) if known else None,
-        grounded_jokes=share(both) if known else None,
-        descriptions=share([is_description(text) for text in texts]),
-        verbatim=None if training is None else share(verbatim(texts, training)),
-        nearly_verbatim=None if training is None else share(nearly_verbatim(texts, training)),
-        distinct_1=_distinct(texts, 1),
-        distinct_2=_distinct(texts, 2),
-        characters=round(sum(map(len, texts)) / len(texts), 2),
-        loss=loss,
-        perplexity=None if loss is None else math.exp(loss),
-    )
+    if loss is not None:
+        metrics.append(Metric(LOSS, loss, None, None, len(asked)))
+    for found in [found for found in metrics if found.name == LOSS]:
+        ends = [None if end is None else math.exp(end) for end in (found.low, found.high)]
+        metrics.append(Metric(PERPLEXITY, math.exp(found.value), ends[0], ends[1], found.n))
+    missing = dict(skipped or {})
+    if not any(question.concepts for question in asked):
+        missing[GROUNDED] = "the records do not say what is pictured (concepts)"
+    if training is None:
+        missing[VERBATIM] = "it is not known what it was trained on (--training)"
+    return Evaluation(len(asked), (*metrics, *distinct), missing, tuple(items))
 
 
-def share(values: Sequence[bool], seed: int = 0) -> Share:
-    """The share of true values, with a 95% percentile bootstrap interval over the answers."""
-    array = np.array(values, dtype=float)
-    resampled = np.random.default_rng(seed).choice(array, (_RESAMPLES, len(array))).mean(axis=1)
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    value, low, high = (round(float(x), 4) for x in (array.mean(), low, high))
-    return Share(value, low, high, len(array))
+def _of_answers(
+    asked: Sequence[Question], answers: Sequence[Answer], training: Sequence[str] | None
+) -> list[Items]:
+    texts = [answer.text for answer in answers]
+    pictures = [picture_name(question.pictures, question.turns) for question in asked]
+    known = {name: puns for question in asked for name, puns in question.concepts.items()}
+    jokes = [is_joke_form(answer.text, answer.finished) for answer in answers]
+    shares = {JOKE_FORM: jokes}
+    if known:
+        grounding = Grounding(known)
+        about = [
+            grounding.is_grounded(text, question.concepts)
+            for text, question in zip(texts, asked, strict=True)
+        ]
+        shares[GROUNDED] = about
+        shares[GROUNDED_JOKES] = [a and b for a, b in zip(jokes, about, strict=True)]
+    shares[DESCRIPTIONS] = [is_description(text) for text in texts]
+    if training is not None:
+        shares[VERBATIM] = verbatim(texts, training)
+        shares[NEARLY_VERBATIM] = nearly_verbatim(texts, training)
+    found = [
+        Items(name, [float(value) for value in values], pictures, unit="share")
+        for name, values in shares.items()
+    ]
+    return [*found, Items(CHARACTERS, [float(len(text)) for text in texts], pictures)]
 
 
 def _distinct(texts: Sequence[str], n: int) -> float:
     """Different n-grams of characters over all of them (Li et al. 2016, arXiv 1510.03055)."""
     grams = [text[i : i + n] for text in map(normalised, texts) for i in range(len(text) - n + 1)]
-    return round(len(set(grams)) / len(grams), 4) if grams else 0.0
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def differences(first: Evaluation, second: Evaluation) -> list[Difference]:
+    """Compare two tellers that were asked the same, figure by figure; figures that only one has are left out."""
+    of_second = {items.name: items for items in second.items}
+    return [
+        difference(items, of_second[items.name]) for items in first.items if items.name in of_second
+    ]
 
 
 def rows(evaluations: Sequence[Evaluation]) -> list[tuple[str, list[str]]]:
-    """A table of evaluations, for people: a label and a cell for each; what none of them has is left out."""
-    table: list[tuple[str, list[str]]] = []
-    for label, name in (
-        ("joke form", "joke_form"),
-        ("grounded", "grounded"),
-        ("grounded and in joke form", "grounded_jokes"),
-        ("describes the picture", "descriptions"),
-        ("verbatim from training", "verbatim"),
-        ("nearly verbatim", "nearly_verbatim"),
-    ):
-        shares = [getattr(evaluation, name) for evaluation in evaluations]
-        if any(shares):
-            table.append((label, [_percent(share) for share in shares]))
-    for label, name, digits in (
-        ("distinct-1", "distinct_1", 2),
-        ("distinct-2", "distinct_2", 2),
-        ("characters an answer", "characters", 1),
-        ("held-out loss", "loss", 3),
-        ("perplexity", "perplexity", 1),
-    ):
-        values = [getattr(evaluation, name) for evaluation in evaluations]
-        if any(value is not None for value in values):
-            table.append((label, ["-" if v is None else f"{v:,.{digits}f}" for v in values]))
-    return table
+    """A table of evaluations, for people: a label and a cell for each."""
+    named = {found.name: found for one in evaluations for found in one.metrics}
+    return [
+        (
+            name if found.chance is None else f"{name} (chance {_number(found, found.chance)})",
+            [_cell(one.get(name)) for one in evaluations],
+        )
+        for name, found in named.items()
+    ]
 
 
-def _percent(share: Share | None) -> str:
-    if share is None:
+def difference_rows(found: Sequence[Difference]) -> list[tuple[str, str, str, str]]:
+    """A table of differences, for people: label, difference, 95% interval, p."""
+    return [
+        (
+            one.name,
+            _signed(one, one.value) + (" points" if one.unit == "share" else ""),
+            f"{_signed(one, one.low)} to {_signed(one, one.high)}",
+            f"{one.p:.4f}" if one.p >= 0.0002 else "< 0.0002",
+        )
+        for one in found
+    ]
+
+
+def _cell(found: Metric | None) -> str:
+    if found is None:
         return "-"
-    return f"{share.value:.1%} ({share.low:.0%} to {share.high:.0%})"
+    text = _number(found, found.value)
+    if found.low is None or found.high is None:
+        return text
+    return f"{text} ({_number(found, found.low)} to {_number(found, found.high)})"
+
+
+def _number(found: Metric, value: float) -> str:
+    return f"{value:.1%}" if found.unit == "share" else f"{value:,.3g}"
+
+
+def _signed(found: Difference, value: float) -> str:
+    return f"{100 * value:+.1f}" if found.unit == "share" else f"{value:+.3g}"

@@ -10,10 +10,11 @@ The first is overfitting as it shows in the losses alone. The second needs both 
 answers are possible, a model that has understood them gives them too, and then the gap stays small.
 """
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+
+from deadpan.data.records import normalised
 
 NEAR = 0.9
 """From this similarity on, an answer counts as nearly a training answer."""
@@ -23,13 +24,6 @@ RISE = 0.01
 HIGH_SHARE = 0.5
 WIDE_GAP = 0.5
 """In nats a token: the held-out answers' tokens are exp(0.5) = 1.6 times less likely."""
-
-_NOT_WORDS = re.compile(r"[\W_]+")
-
-
-def normalised(text: str) -> str:
-    """A text's letters and characters alone: punctuation and spaces do not make a new joke."""
-    return _NOT_WORDS.sub("", text).lower()
 
 
 def verbatim(answers: Sequence[str], training: Iterable[str]) -> list[bool]:
