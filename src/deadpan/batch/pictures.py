@@ -114,7 +114,8 @@ def _values(path: Path) -> Iterator[tuple[str, object]]:
     except (OSError, UnicodeDecodeError) as error:
         raise DeadpanError(f"The file of pictures cannot be read: {error}.", where=path) from None
     if text.lstrip().startswith("["):
-        for number, value in enumerate(_parsed(text, path)):
+        values = _parsed(text, path)
+        for number, value in enumerate(values if isinstance(values, list) else []):
             yield f"record {number}", value
         return
     # Not splitlines, which would also cut at U+2028, as a prompt may hold it.
