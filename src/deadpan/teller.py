@@ -11,7 +11,7 @@ from deadpan.checkpoints.load import load as load_checkpoint
 from deadpan.data.pictures import open_picture
 from deadpan.data.records import IMAGE_TAG, PROMPT, Turn
 from deadpan.engines.base import GenerationSettings, Joke, Request
-from deadpan.engines.builtin import BuiltinEngine
+from deadpan.engines.builtin import BATCH_SIZE, BuiltinEngine
 from deadpan.errors import DeadpanError
 from deadpan.processing.processor import Processor
 
@@ -23,11 +23,12 @@ class Teller:
 
     Args:
         loaded: What `deadpan.checkpoints.load.load` returns.
+        batch_size: Answers computed at once.
     """
 
-    def __init__(self, loaded: Loaded) -> None:
+    def __init__(self, loaded: Loaded, batch_size: int = BATCH_SIZE) -> None:
         self._loaded = loaded
-        self.engine = BuiltinEngine(loaded)
+        self.engine = BuiltinEngine(loaded, batch_size)
 
     @property
     def model(self) -> Any:
@@ -86,15 +87,7 @@ class Teller:
     ) -> list[list[Joke]]:
         """Like `tell`, with token counts and the reason each joke ended: n jokes for each picture."""
         settings = settings or GenerationSettings()
-        if n < 1:
-            raise DeadpanError(
-                "The number of jokes is out of range.", expected="at least 1", found=str(n)
-            )
-        if n > 1 and settings.temperature == 0:
-            raise DeadpanError(
-                f"{n} jokes were asked for, but without drawing they would all be the same.",
-                fix="set a temperature, for example 0.8",
-            )
+        check_number(n, settings)
         requests = [request(picture, prompt) for picture in pictures for _ in range(n)]
         jokes = self.engine.generate(requests, settings)
         return [jokes[i : i + n] for i in range(0, len(jokes), n)]
@@ -112,6 +105,23 @@ class Teller:
     def close(self) -> None:
         """Release the model's memory."""
         self.engine.close()
+
+
+def check_number(n: int, settings: GenerationSettings) -> None:
+    """Refuse a number of jokes that makes no sense.
+
+    Raises:
+        DeadpanError: If it is below 1, or above 1 where all would be the same.
+    """
+    if n < 1:
+        raise DeadpanError(
+            "The number of jokes is out of range.", expected="at least 1", found=str(n)
+        )
+    if n > 1 and settings.temperature == 0:
+        raise DeadpanError(
+            f"{n} jokes were asked for, but without drawing they would all be the same.",
+            fix="set a temperature, for example 0.8",
+        )
 
 
 def request(picture: Picture | None, prompt: str) -> Request:
@@ -133,6 +143,7 @@ def load(
     quantization: str = "none",
     max_tiles: int | None = None,
     base: str | Path | None = None,
+    batch_size: int = BATCH_SIZE,
     progress: Progress | None = None,
 ) -> Teller:
     """Load a teller.
@@ -145,6 +156,7 @@ def load(
         quantization: none or nf4.
         max_tiles: Overrides the checkpoint's own tile limit.
         base: For an adapter whose base model has moved: where it is now.
+        batch_size: Answers computed at once.
         progress: Called with the number of tensors read and their total.
 
     Raises:
@@ -160,4 +172,4 @@ def load(
         base=base,
         progress=progress,
     )
-    return Teller(loaded)
+    return Teller(loaded, batch_size)

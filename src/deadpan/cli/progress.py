@@ -5,12 +5,14 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar and yield a function of (done, total) that moves it."""
+def bar(what: str, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar, if it is to be shown, and yield a function of (done, total) that moves it."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        console=console, transient=True, disable=not (shown and console.is_terminal)
+    ) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -2,9 +2,12 @@
 
 import json as json_module
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from deadpan.engines.base import GenerationSettings
 
 
 def tell(
@@ -15,8 +18,34 @@ def tell(
         ),
     ],
     pictures: Annotated[
-        list[Path], typer.Argument(metavar="PICTURE...", help="One or more pictures.")
-    ],
+        list[Path] | None, typer.Argument(metavar="PICTURE...", help="One or more pictures.")
+    ] = None,
+    many: Annotated[
+        Path | None,
+        typer.Option(
+            "--pictures",
+            metavar="DIR|FILE",
+            help="In place of PICTURE: all pictures of a folder, or of a file with a JSON object a "
+            'line, {"image": ..., "id": optional, "prompt": optional}, or of a file of records.',
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="With --pictures: where the answers go, a line a picture. The same command goes on "
+            "with a file that is there.",
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --pictures FILE: the folder that its picture paths start from; by default its own."
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Answers computed at once; fewer take less memory.")
+    ] = 8,
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -53,26 +82,44 @@ def tell(
     """Show pictures to a model and print what it says.
 
     Example: deadpan tell OpenGVLab/InternVL2-2B dog.jpg cat.png -n 3 --temperature 0.8 --seed 1
+
+    With --pictures and --out it answers a whole folder or file and writes each answer at once. Killed,
+    it goes on where it was, with the same command: nothing is lost and nothing told twice. Broken
+    pictures are left out and listed in FILE.broken.jsonl; once they are mended, the same command tells
+    them too. On several GPUs or hosts that see the same files, start it with torchrun.
+
+    Example: torchrun --nproc-per-node 2 --no-python deadpan tell runs/first --pictures photos --out jokes.jsonl
     """
     from deadpan.cli.progress import bar
     from deadpan.data.records import PROMPT
     from deadpan.engines.base import GenerationSettings
     from deadpan.teller import load
 
+    if bool(pictures) == (many is not None):
+        raise typer.BadParameter("give either PICTURE... or --pictures")
+    if (many is None) != (out is None):
+        raise typer.BadParameter("--pictures and --out go together")
+    if many is None and images is not None:
+        raise typer.BadParameter("--images goes with --pictures")
+    if many is not None and json:
+        raise typer.BadParameter("--json goes with PICTURE...; --out writes JSON anyway")
     settings = GenerationSettings(max_new_tokens, temperature, top_p, seed)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "attention": attention,
+        "quantization": quantization,
+        "max_tiles": max_tiles,
+        "base": base,
+        "batch_size": batch_size,
+    }
+    if many is not None and out is not None:
+        _tell_many(model, many, images, out, prompt or PROMPT, n, settings, device, options)
+        return
     with bar("loading weights") as progress:
-        teller = load(
-            model,
-            device=device,
-            dtype=dtype,
-            attention=attention,
-            quantization=quantization,
-            max_tiles=max_tiles,
-            base=base,
-            progress=progress,
-        )
-    groups = teller.jokes(pictures, prompt or PROMPT, n=n, settings=settings)
-    for picture, group in zip(pictures, groups, strict=True):
+        teller = load(model, device=device, **options, progress=progress)
+    shown = pictures or []
+    groups = teller.jokes(shown, prompt or PROMPT, n=n, settings=settings)
+    for picture, group in zip(shown, groups, strict=True):
         for joke in group:
             if json:
                 line = {
@@ -83,7 +130,50 @@ def tell(
                     "finish_reason": joke.finish_reason,
                 }
                 typer.echo(json_module.dumps(line, ensure_ascii=False))
-            elif len(pictures) > 1:
+            elif len(shown) > 1:
                 typer.echo(f"{picture}: {joke.text}")
             else:
                 typer.echo(joke.text)
+
+
+def _tell_many(
+    model: str,
+    many: Path,
+    images: Path | None,
+    out: Path,
+    prompt: str,
+    n: int,
+    settings: "GenerationSettings",
+    device: str,
+    options: dict[str, Any],
+) -> None:
+    from deadpan.batch.jokes import weights_digest
+    from deadpan.batch.pictures import find
+    from deadpan.batch.run import tell_all
+    from deadpan.cli.progress import bar
+    from deadpan.engines.base import Engine
+    from deadpan.teller import check_number, load
+    from deadpan.train.processes import Processes, one_of_a_host_tells
+
+    with one_of_a_host_tells():
+        check_number(n, settings)
+    processes = Processes(device)
+    items = processes.lead(lambda: find(many, prompt, images))
+    weights = processes.lead(lambda: weights_digest(model, options["base"]))
+    same = ("dtype", "quantization", "max_tiles")
+    decisive = {"weights": weights, "prompt": prompt, **{key: options[key] for key in same}}
+    leads = processes.rank == 0
+
+    def engine() -> Engine:
+        with bar("loading weights", shown=leads) as loading:
+            return load(model, device=str(processes.device), **options, progress=loading).engine
+
+    with bar("telling", shown=leads) as telling:
+        summary = tell_all(
+            *(items, engine, out, settings, decisive, processes, n, options["batch_size"]), telling
+        )
+    if not leads:
+        return
+    typer.echo(f"{out}: {summary.told:,} answered, {summary.new:,} of them now")
+    if summary.broken:
+        typer.echo(f"left out as broken: {len(summary.broken):,}, listed in {summary.listed}")
