@@ -100,8 +100,14 @@ class Row:
     micro_batch: int = SAMPLES
 
 
-PEERS = {"fused": False, "full_logits": True, "checkpoint": True, "cached": False, "packing": False}
-PLAIN = {"fused": False, "cached": False, "packing": False}
+PEERS: dict[str, Any] = {
+    "fused": False,
+    "full_logits": True,
+    "checkpoint": True,
+    "cached": False,
+    "packing": False,
+}
+PLAIN: dict[str, Any] = {"fused": False, "cached": False, "packing": False}
 ROWS = {
     "peers": Row("peers' way, bf16", **PEERS),
     "peers-nf4": Row("peers' way, NF4", **PEERS, quantization="nf4"),
@@ -244,7 +250,7 @@ def loss_function(row: Row, model: PeftModel) -> Callable[[Batch], torch.Tensor]
     return compute
 
 
-def seen(batch: Batch, features: torch.Tensor) -> Batch:
+def with_features(batch: Batch, features: torch.Tensor) -> Batch:
     """The batch whose pictures' features are known."""
     return replace(batch, pixel_values=None, features=features)
 
@@ -267,9 +273,10 @@ def measure(
     features: dict[int, torch.Tensor] = {}
     if row.fused and row.cached:
         for batch in {id(b): b for step in steps for b in step}.values():
+            assert batch.pixel_values is not None
             with torch.no_grad():
-                known = picture_features(plain_model(model), batch.pixel_values.to(device)).cpu()
-            features[id(batch)] = known if tiny else known.pin_memory()
+                seen = picture_features(plain_model(model), batch.pixel_values.to(device)).cpu()
+            features[id(batch)] = seen if tiny else seen.pin_memory()
     if not tiny:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -287,7 +294,7 @@ def measure(
             for batch in step:
                 known = features.get(id(batch))
                 with kernels():
-                    loss = loss_of(batch if known is None else seen(batch, known))
+                    loss = loss_of(batch if known is None else with_features(batch, known))
                     (loss / supervised).backward()
                 total += loss.detach()
             if not number:
@@ -339,7 +346,7 @@ def profiled(wanted: bool, row: Row, kind: str) -> Iterator[None]:
         torch.cuda.synchronize()
     busy: dict[str, list[float]] = {}
     for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type.name == "CUDA":
             entry = busy.setdefault(event.name, [0.0, 0])
             entry[0] += event.time_range.elapsed_us()
             entry[1] += 1

@@ -166,6 +166,7 @@ def test_with_dropout_the_gradients_are_those_of_the_masked_loss(
 def test_a_features_batch_is_a_pixels_batch(folder: Path, samples: list[Sample]) -> None:
     model = adapted(folder)
     batch = collate(samples, 0, packing=True)
+    assert batch.pixel_values is not None
     features = picture_features(plain_model(model), batch.pixel_values)
     known = replace(batch, pixel_values=None, features=features.detach())
     loss_of = FusedLoss(model, torch.float32)

@@ -242,7 +242,7 @@ class Adapted:
         fp8: Multiply the frozen weights in FP8.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype, fp8: bool) -> None:
+    def __init__(self, layers: Sequence[Any], dtype: torch.dtype, fp8: bool) -> None:
         plain = [_base(layer) for layer in layers]
         self.frozen = Frozen(plain, dtype, fp8)
         self._dtype = dtype
@@ -361,7 +361,7 @@ def _has_adapter(layer: nn.Module) -> bool:
     return isinstance(layer, LoraLayer)
 
 
-def _base(layer: nn.Module) -> nn.Linear:
+def _base(layer: Any) -> nn.Linear:
     return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 
 
@@ -374,7 +374,7 @@ class Layer:
         fp8: Multiply the frozen weights in FP8.
     """
 
-    def __init__(self, layer: nn.Module, dtype: torch.dtype, fp8: bool) -> None:
+    def __init__(self, layer: Any, dtype: torch.dtype, fp8: bool) -> None:
         self.qkv, self.o, self.gate_up, self.down = (
             Adapted([getattr(getattr(layer, room), name) for name in names], dtype, fp8)
             for room, names in _PARTS
@@ -580,7 +580,9 @@ class FusedDecoder:
         self._language_model = model.model.language_model
         self._dtype, self._dropout = dtype, dropout
         self.layers = [Layer(layer, dtype, fp8) for layer in self._language_model.layers]
-        self._parameters = [p for layer in self.layers for p in layer.parameters]
+        self._parameters: list[torch.Tensor] = [
+            p for layer in self.layers for p in layer.parameters
+        ]
         self._parts = [part for layer in self.layers for part in layer.parts]
         self._scales = [scale for layer in self.layers for scale in layer.scales]
 

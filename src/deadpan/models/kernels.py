@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """Kernels of our own, where the compiler's are far from the memory's speed.
 
 SwiGLU's backward pass reads gate, up and the gradient of their product, and writes the gradients of

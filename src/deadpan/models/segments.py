@@ -16,6 +16,7 @@ merged `out` and `lse` to give each part's share of the gradients, as in ring at
 
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -106,7 +107,7 @@ class Segments:
 
     def to(self, device: torch.device) -> "Segments":
         """The same with its tensors on a device."""
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.to(device, non_blocking=True)
             for field in fields(self)
             if field.name != "before"
@@ -176,9 +177,9 @@ def attend_backward(
     """The gradients with respect to q, k and v; arguments as `attend` takes and gives them."""
     if lse is None:
         with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-            again = _reference(*leaves, segments, positions)
-        dq, dk, dv = torch.autograd.grad(again, leaves, grad)
+            q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+            again = _reference(q, k, v, segments, positions)
+        dq, dk, dv = torch.autograd.grad(again, (q, k, v), grad)
         return dq, dk, dv
     s, n = segments.starts, segments.longest
     dq, dk, dv = _flash_backward(grad, q, k, v, out, lse, s, s, n, n, causal=True)
