@@ -12,6 +12,8 @@ HEAVY = {
     "huggingface_hub",
     "bitsandbytes",
     "matplotlib",
+    "fastapi",
+    "gradio",
 }
 
 

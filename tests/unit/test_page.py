@@ -1,5 +1,6 @@
 import dataclasses
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +21,20 @@ from page import Comedian, Visitor, events, make_runs, page_app, result, served
 
 LEFT, RIGHT = "一只猫坐在桌子上。", "它是全家唯一读过用户协议的。"
 TELLERS = {"base-teller": LEFT, "tuned-teller": RIGHT}
+
+
+asked: set[str] = set()
+"""Hosts that this process, the server included, has looked up or connected to."""
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "socket.getaddrinfo":
+        asked.add(str(arguments[0]))
+    elif event == "socket.connect" and isinstance(arguments[1], tuple):
+        asked.add(str(arguments[1][0]))
+
+
+sys.addaudithook(_watch)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +100,11 @@ def test_the_page_loads_nothing_from_elsewhere(visitor: Visitor, address: str) -
     assert "default-src 'self'" in policy
     assert "http" not in policy
     assert '"analytics_enabled":false' in visitor.html
+
+
+def test_the_server_asks_nobody(visitor: Visitor, pictures: list[Path]) -> None:
+    visitor.fire("tell", [visitor.upload(pictures[0]), list(TELLERS), "?", None])
+    assert asked == {"127.0.0.1"}
 
 
 def test_tellers_tell_side_by_side_and_another_one(visitor: Visitor, pictures: list[Path]) -> None:

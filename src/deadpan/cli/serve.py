@@ -131,7 +131,6 @@ def serve(
         typer.echo(f"warning: whoever reaches {host} may ask; DEADPAN_API_KEY sets a key", err=True)
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listener.getsockname()[1]}"
-    typer.echo(f"deadpan serves {', '.join(named)} at {address}/v1 (Ctrl-C stops it)")
     if page:
         from deadpan.serve.page import mount_page
 
@@ -143,6 +142,9 @@ def serve(
             runs=runs if runs.is_dir() else None,
             api_key=api_key,
         )
+    # Last, so that whoever reads this is answered at once.
+    typer.echo(f"deadpan serves {', '.join(named)} at {address}/v1 (Ctrl-C stops it)")
+    if page:
         typer.echo(f"the page is at {address}/")
     run(app, listener, timeout)
     if database is not None:
