@@ -15,7 +15,7 @@ from deadpan.checkpoints.load import load
 from deadpan.data.records import load as load_records
 from deadpan.models import lora
 from deadpan.models.answer_loss import AnswerLoss, plain_model
-from deadpan.models.fused import _dropped
+from deadpan.models.elementwise import dropped as leave_out
 from deadpan.models.fused_loss import FusedLoss, picture_features
 from deadpan.processing.collate import Batch, collate
 from deadpan.processing.encoding import IGNORE_INDEX
@@ -126,12 +126,12 @@ def test_answers_behind_one_prefix_train_like_samples_of_their_own(
 
 def test_dropout_leaves_out_its_share_and_keeps_the_mean() -> None:
     x = torch.ones(1000, 256)
-    dropped = _dropped(x, 0.25, torch.tensor(-7, dtype=torch.int32))
+    dropped = leave_out(x, 0.25, torch.tensor(-7, dtype=torch.int32))
     zero = dropped == 0
     assert zero.float().mean().item() == pytest.approx(0.25, abs=0.005)
     assert dropped[~zero].unique().tolist() == pytest.approx([1 / 0.75])
-    again = _dropped(x, 0.25, torch.tensor(-7, dtype=torch.int32))
-    other = _dropped(x, 0.25, torch.tensor(8, dtype=torch.int32))
+    again = leave_out(x, 0.25, torch.tensor(-7, dtype=torch.int32))
+    other = leave_out(x, 0.25, torch.tensor(8, dtype=torch.int32))
     assert torch.equal(dropped, again)
     # Independent masks agree in .25^2 + .75^2 of the places.
     assert ((other == 0) == zero).float().mean().item() == pytest.approx(0.625, abs=0.01)

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
 from deadpan.errors import DeadpanError, did_you_mean
+from deadpan.models.segments import has_flash
 
 CHOICES = ("auto", "eager", "sdpa", "flash", "varlen")
 VARLEN = "deadpan_varlen"
@@ -72,7 +73,7 @@ def _varlen_forward(
     causal = bool(module.is_causal if is_causal is None else is_causal) and query.shape[2] > 1
     batch, heads, width, dim = query.shape
     if attention_mask is None and cu_seq_lens_q is None:
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION]) if _has_flash(query) else kernels():
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION]) if has_flash(query) else kernels():
             out = nn.functional.scaled_dot_product_attention(
                 query, key, value, is_causal=causal, scale=scaling, enable_gqa=key.shape[1] != heads
             )
@@ -96,11 +97,6 @@ def _varlen_forward(
     return out, None
 
 
-def _has_flash(query: torch.Tensor) -> bool:
-    """Whether PyTorch's flash kernels take this tensor's device and type."""
-    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-
-
 def _apart(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -121,7 +117,7 @@ def _apart(
         causal: Whether a token sees only what precedes it; the last tokens of q and k are at the same place.
         scaling: What the products are multiplied by.
     """
-    if _has_flash(q):
+    if has_flash(q):
         from torch.nn.attention.varlen import varlen_attn
 
         window = (-1, 0) if causal else (-1, -1)

@@ -29,7 +29,7 @@ class Rows(NamedTuple):
     """What a product reads.
 
     Attributes:
-        value: Of shape (token, channel); None where only FP8 is wanted.
+        value: Of shape (token, channel).
         fp8: The same in FP8, divided by `scale`; None where not wanted.
         scale: float32 of shape (token, 1), or None.
     """
@@ -71,15 +71,12 @@ class Frozen:
     def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype, fp8: bool) -> None:
         self._layers, self._dtype = layers, dtype
         self.sizes = [layer.out_features for layer in layers]
-        self._quantised = nf4.is_quantised(layers[0].weight)
         self._fp8: tuple[torch.Tensor, torch.Tensor] | None = None
         biases = [layer.bias for layer in layers if layer.bias is not None]
         if biases and len(biases) < len(layers):
             raise DeadpanError("Of layers stacked into one, some have a bias and some have none.")
         self._bias = torch.cat([bias.data for bias in biases]).to(dtype) if biases else None
-        self._weight: torch.Tensor | None = None
-        if not self._quantised:
-            self._weight = self._stack()
+        self._weight = None if nf4.is_quantised(layers[0].weight) else self._stack()
         if fp8:
             weight = self._dense()
             self._fp8 = quantise_rows(weight)

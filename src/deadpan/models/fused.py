@@ -16,9 +16,8 @@ attention's output, the sum after attention, gate and up, and the adapters' narr
 SwiGLU gives is computed again from gate and up, together with its gradient. With checkpointing, only
 the layer's input is kept.
 
-Everything elementwise between two products is one function, compiled by torch.compile on a GPU and
-run as it stands on a CPU; with FP8 it ends by quantising what the next product reads. Products go to
-the vendor's libraries as they are. So nothing is compiled anew for another number of tokens.
+Everything elementwise between two products is one function (`deadpan.models.elementwise`). Products go
+to the vendor's libraries as they are. So nothing is compiled anew for another number of tokens.
 
 Dropout draws no random numbers: whether an element is kept is a hash of its place and of a seed drawn
 once for each layer and step, so the backward pass finds the mask again without having stored it. Layers
@@ -27,16 +26,25 @@ that read the same input share its mask; PEFT draws one for each.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch.nn import functional
 from transformers import InternVLForConditionalGeneration
 
-from deadpan.models.frozen import Frozen, Rows, quantise_rows
+from deadpan.models.elementwise import (
+    add_dropped,
+    add_norm,
+    norm,
+    norm_backward,
+    quantise,
+    rotate,
+    rotate_back,
+    swiglu,
+    swiglu_backward,
+)
+from deadpan.models.frozen import Frozen, Rows
 from deadpan.models.segments import Segments, attend, attend_backward
 
 _PARTS = (
@@ -60,179 +68,6 @@ def unsupported(model: InternVLForConditionalGeneration) -> str | None:
     return None
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, compiled for CUDA tensors, for any number of rows at once."""
-    fast = torch.compile(function, fullgraph=True)
-
-    @wraps(function)
-    def call(*args: Any) -> Any:
-        if not args[0].is_cuda:
-            return function(*args)
-        for tensor in args:
-            if isinstance(tensor, torch.Tensor) and tensor.dim() > 1:
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return fast(*args)
-
-    return call
-
-
-def _dropped(x: torch.Tensor, share: float, seed: torch.Tensor) -> torch.Tensor:
-    """Leave out a share of x: its elements become zero, the others larger.
-
-    An element's fate is its index and the seed through MurmurHash3's finaliser (Appleby 2011, public
-    domain), in 32-bit arithmetic that wraps around.
-    """
-    rows, columns = x.shape
-    row = torch.arange(rows, device=x.device, dtype=torch.int32)[:, None] * columns
-    place = row + torch.arange(columns, device=x.device, dtype=torch.int32)
-    bits = (place ^ seed) * -1640531535
-    bits = (bits ^ ((bits >> 16) & 0xFFFF)) * -2048144789
-    bits = (bits ^ ((bits >> 13) & 0x7FFFF)) * -1028477387
-    bits = (bits ^ ((bits >> 16) & 0xFFFF)) & 0x7FFFFFFF
-    return torch.where(bits >= int(share * 2**31), x / (1 - share), 0)
-
-
-def _outputs(
-    x: torch.Tensor, share: float, seed: torch.Tensor, fp8: bool
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """What the products read of an input: itself, after dropout, in FP8, and the scales of that."""
-    dropped = _dropped(x, share, seed) if share else None
-    quantised, scale = quantise_rows(x) if fp8 else (None, None)
-    return x, dropped, quantised, scale
-
-
-def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + eps)
-    return weight * wide.to(x.dtype)
-
-
-@_compiled
-def _norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, share: float, seed: torch.Tensor, fp8: bool
-) -> tuple[torch.Tensor | None, ...]:
-    """RMSNorm of (token, channel)."""
-    return _outputs(_normed(x, weight, eps), share, seed, fp8)
-
-
-@_compiled
-def _add_norm(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    share: float,
-    seed: torch.Tensor,
-    fp8: bool,
-) -> tuple[torch.Tensor | None, ...]:
-    """Add x + y, and RMSNorm of it."""
-    total = x + y
-    return total, *_outputs(_normed(total, weight, eps), share, seed, fp8)
-
-
-@_compiled
-def _norm_backward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    grad: torch.Tensor,
-    low: torch.Tensor | None,
-    residual: torch.Tensor,
-    share: float,
-    seed: torch.Tensor,
-    fp8: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Sum of residual and the gradient through RMSNorm; `low` is the adapters' part, before dropout's mask."""
-    grad = grad.float()
-    if low is not None:
-        grad = grad + _dropped(low, share, seed).float()
-    wide = x.float()
-    scale = torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + eps)
-    grad = grad * weight.float()
-    through = scale * (grad - wide * scale.pow(2) * (grad * wide).mean(dim=-1, keepdim=True))
-    total = (residual.float() + through).to(x.dtype)
-    quantised, scales = quantise_rows(total) if fp8 else (None, None)
-    return total, quantised, scales
-
-
-@_compiled
-def _quantise(
-    x: torch.Tensor, share: float, seed: torch.Tensor, fp8: bool
-) -> tuple[torch.Tensor | None, ...]:
-    return _outputs(x, share, seed, fp8)
-
-
-@_compiled
-def _add_dropped(
-    x: torch.Tensor, y: torch.Tensor, share: float, seed: torch.Tensor
-) -> torch.Tensor:
-    return x + _dropped(y, share, seed)
-
-
-@_compiled
-def _rotate(
-    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, key_heads: int
-) -> torch.Tensor:
-    """Rotary embedding of q and k: (token, head + 2 key head, dim), cos and sin (token, dim)."""
-    rotated = qkv[:, : heads + key_heads]
-    one, two = rotated.chunk(2, dim=-1)
-    turned = torch.cat([-two, one], dim=-1)
-    rotated = rotated * cos[:, None] + turned * sin[:, None]
-    return torch.cat([rotated, qkv[:, heads + key_heads :]], dim=1)
-
-
-@_compiled
-def _rotate_back(
-    dq: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    fp8: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The gradients of q, k and v before the rotation, stacked: (token, channel)."""
-
-    def back(grad: torch.Tensor) -> torch.Tensor:
-        one, two = (grad * sin[:, None]).chunk(2, dim=-1)
-        return (grad * cos[:, None] + torch.cat([two, -one], dim=-1)).flatten(1)
-
-    grad = torch.cat([back(dq), back(dk), dv.flatten(1)], dim=1)
-    quantised, scale = quantise_rows(grad) if fp8 else (None, None)
-    return grad, quantised, scale
-
-
-@_compiled
-def _swiglu(
-    gate_up: torch.Tensor, share: float, seed: torch.Tensor, fp8: bool
-) -> tuple[torch.Tensor | None, ...]:
-    """silu(gate) up of (token, gate + up)."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return _outputs(functional.silu(gate) * up, share, seed, fp8)
-
-
-@_compiled
-def _swiglu_backward(
-    gate_up: torch.Tensor,
-    grad: torch.Tensor,
-    low: torch.Tensor | None,
-    share: float,
-    seed: torch.Tensor,
-    fp8: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The gradient of gate and up; SwiGLU's output after dropout; the gradient in FP8 and its scales."""
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    grad = grad.float()
-    if low is not None:
-        grad = grad + _dropped(low, share, seed).float()
-    sigmoid = torch.sigmoid(gate)
-    silu = gate * sigmoid
-    to_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
-    both = torch.cat([to_gate, grad * silu], dim=-1).to(gate_up.dtype)
-    out = (silu * up).to(gate_up.dtype)
-    quantised, scale = quantise_rows(both) if fp8 else (None, None)
-    return both, _dropped(out, share, seed) if share else out, quantised, scale
-
-
 class Adapted:
     """Frozen layers that read the same input, with the adapters of those that have one.
 
@@ -246,7 +81,9 @@ class Adapted:
         plain = [_base(layer) for layer in layers]
         self.frozen = Frozen(plain, dtype, fp8)
         self._dtype = dtype
-        self._adapted = [(i, layer) for i, layer in enumerate(layers) if _has_adapter(layer)]
+        self._adapted = [
+            (i, layer) for i, layer in enumerate(layers) if isinstance(layer, LoraLayer)
+        ]
         self.parameters: list[nn.Parameter] = []
         """A and B of each adapter, in the order in which gradients are given."""
         for _, layer in self._adapted:
@@ -357,10 +194,6 @@ class Cast(NamedTuple):
     high: list[torch.Tensor]
 
 
-def _has_adapter(layer: nn.Module) -> bool:
-    return isinstance(layer, LoraLayer)
-
-
 def _base(layer: Any) -> nn.Linear:
     return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 
@@ -384,8 +217,8 @@ class Layer:
         self.heads = self.qkv.frozen.sizes[0] // self.dim
         self.key_heads = self.qkv.frozen.sizes[1] // self.dim
         self.norms = [
-            (norm.weight.data.to(dtype), norm.variance_epsilon)
-            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+            (each.weight.data.to(dtype), each.variance_epsilon)
+            for each in (layer.input_layernorm, layer.post_attention_layernorm)
         ]
         self.fp8 = fp8
         self.groups = (self.qkv, self.o, self.gate_up, self.down)
@@ -441,21 +274,21 @@ def _layer_forward(
     share, fp8 = row.dropout, layer.fp8
     casts = layer.casts
     weight, eps = layer.norms[0]
-    n1, d1, *q1 = _norm(x, weight, eps, share, seeds[0], fp8)
+    n1, d1, *q1 = norm(x, weight, eps, share, seeds[0], fp8)
     qkv, a1 = layer.qkv.forward(Rows(n1, *q1), d1, casts[0])
     heads, key_heads = layer.heads, layer.key_heads
     qkv = qkv.view(len(x), heads + 2 * key_heads, layer.dim)
-    qkv = _rotate(qkv, row.cos, row.sin, heads, key_heads)
+    qkv = rotate(qkv, row.cos, row.sin, heads, key_heads)
     q, k, v = qkv.split([heads, key_heads, key_heads], dim=1)
     attended, lse = attend(q, k, v, row.segments, row.positions)
     attended = attended.reshape(len(x), -1)
     read, x = (attended, x) if wanted is None else (attended[wanted], x[wanted])
-    _, d2, *q2 = _quantise(read, share, seeds[1], fp8)
+    _, d2, *q2 = quantise(read, share, seeds[1], fp8)
     y, a2 = layer.o.forward(Rows(read, *q2), d2, casts[1])
     weight, eps = layer.norms[1]
-    middle, n3, d3, *q3 = _add_norm(x, y, weight, eps, share, seeds[2], fp8)
+    middle, n3, d3, *q3 = add_norm(x, y, weight, eps, share, seeds[2], fp8)
     gate_up, a3 = layer.gate_up.forward(Rows(n3, *q3), d3, casts[2])
-    h, d4, *q4 = _swiglu(gate_up, share, seeds[3], fp8)
+    h, d4, *q4 = swiglu(gate_up, share, seeds[3], fp8)
     y, a4 = layer.down.forward(Rows(h, *q4), d4, casts[3])
     kept = _Kept(
         (n1 if d1 is None else d1, n3 if d3 is None else d3),
@@ -481,16 +314,16 @@ def _layer_backward(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     share, fp8 = row.dropout, layer.fp8
     masked = share > 0
-    _, _, *q = _quantise(grad, 0.0, seeds[0], fp8)
+    _, _, *q = quantise(grad, 0.0, seeds[0], fp8)
     dh, low, later_down = layer.down.backward(
         Rows(grad, *q), kept.narrow[3], layer.casts[3], masked
     )
     if fp8:
-        from deadpan.models.kernels import swiglu_backward
+        from deadpan.models import kernels
 
-        d_gate_up, h, *q = swiglu_backward(kept.gate_up, dh, low, share, seeds[3])
+        d_gate_up, h, *q = kernels.swiglu_backward(kept.gate_up, dh, low, share, seeds[3])
     else:
-        d_gate_up, h, *q = _swiglu_backward(kept.gate_up, dh, low, share, seeds[3], fp8)
+        d_gate_up, h, *q = swiglu_backward(kept.gate_up, dh, low, share, seeds[3], fp8)
     g_down = later_down(h)
     del dh, h
     dn, low, later = layer.gate_up.backward(
@@ -499,11 +332,11 @@ def _layer_backward(
     g_gate_up = later(kept.normed[1])
     del d_gate_up
     weight, eps = layer.norms[1]
-    d_middle, *q = _norm_backward(kept.middle, weight, eps, dn, low, grad, share, seeds[2], fp8)
+    d_middle, *q = norm_backward(kept.middle, weight, eps, dn, low, grad, share, seeds[2], fp8)
 
     da, low, later = layer.o.backward(Rows(d_middle, *q), kept.narrow[1], layer.casts[1], masked)
     if low is not None:
-        da = _add_dropped(da, low, share, seeds[1])
+        da = add_dropped(da, low, share, seeds[1])
     g_o = later(kept.read)
     if wanted is not None:
         da = torch.zeros_like(kept.attended).index_copy_(0, wanted, da)
@@ -520,11 +353,11 @@ def _layer_backward(
         row.segments,
         row.positions,
     )
-    d_qkv, *q = _rotate_back(dq, dk, dv, row.cos, row.sin, fp8)
+    d_qkv, *q = rotate_back(dq, dk, dv, row.cos, row.sin, fp8)
     dn, low, later = layer.qkv.backward(Rows(d_qkv, *q), kept.narrow[0], layer.casts[0], masked)
     g_qkv = later(kept.normed[0])
     weight, eps = layer.norms[0]
-    dx, *_ = _norm_backward(x, weight, eps, dn, low, d_middle, share, seeds[0], False)
+    dx, *_ = norm_backward(x, weight, eps, dn, low, d_middle, share, seeds[0], False)
     gradients = [*g_qkv, *g_o, *g_gate_up, *g_down]
     if gradients:
         torch._foreach_mul_(gradients, layer.scales)

@@ -17,7 +17,7 @@ from deadpan.models.frozen import FP8, FP8_MAX
 
 @triton.jit
 def _keeps(place, seed, threshold):
-    """Whether dropout keeps an element: the hash of `deadpan.models.fused`."""
+    """Whether dropout keeps an element: the hash of `elementwise.dropped`."""
     bits = (place.to(tl.uint32) ^ seed.to(tl.uint32)) * 2654435761
     bits = (bits ^ (bits >> 16)) * 2246822507
     bits = (bits ^ (bits >> 13)) * 3266489909
