@@ -1,33 +1,13 @@
 """What a decoder layer does between two products, element by element and row by row.
 
-Each function is one pass over memory: compiled by torch.compile on a GPU, run as it stands on a CPU.
-With FP8 it ends by quantising what the next product reads.
+With FP8 it ends by quantising what the next product reads. Run as they stand on a CPU; on a GPU
+`deadpan.models.kernels` has the same functions, each in one pass over memory.
 """
-
-from collections.abc import Callable
-from functools import wraps
-from typing import Any
 
 import torch
 from torch.nn import functional
 
 from deadpan.models.frozen import quantise_rows
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, compiled for CUDA tensors, for any number of rows at once."""
-    fast = torch.compile(function, fullgraph=True)
-
-    @wraps(function)
-    def call(*args: Any) -> Any:
-        if not args[0].is_cuda:
-            return function(*args)
-        for tensor in args:
-            if isinstance(tensor, torch.Tensor) and tensor.dim() > 1:
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return fast(*args)
-
-    return call
 
 
 def dropped(x: torch.Tensor, share: float, seed: torch.Tensor) -> torch.Tensor:
@@ -69,7 +49,6 @@ def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return weight * wide.to(x.dtype)
 
 
-@_compiled
 def norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, share: float, seed: torch.Tensor, fp8: bool
 ) -> tuple[torch.Tensor | None, ...]:
@@ -77,7 +56,6 @@ def norm(
     return _outputs(_normed(x, weight, eps), share, seed, fp8)
 
 
-@_compiled
 def add_norm(
     x: torch.Tensor,
     y: torch.Tensor,
@@ -92,7 +70,6 @@ def add_norm(
     return total, *_outputs(_normed(total, weight, eps), share, seed, fp8)
 
 
-@_compiled
 def norm_backward(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -115,19 +92,16 @@ def norm_backward(
     return total, quantised, scales
 
 
-@_compiled
 def quantise(
     x: torch.Tensor, share: float, seed: torch.Tensor, fp8: bool
 ) -> tuple[torch.Tensor | None, ...]:
     return _outputs(x, share, seed, fp8)
 
 
-@_compiled
 def add_dropped(x: torch.Tensor, y: torch.Tensor, share: float, seed: torch.Tensor) -> torch.Tensor:
     return x + dropped(y, share, seed)
 
 
-@_compiled
 def rotate(
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, key_heads: int
 ) -> torch.Tensor:
@@ -139,7 +113,6 @@ def rotate(
     return torch.cat([rotated, qkv[:, heads + key_heads :]], dim=1)
 
 
-@_compiled
 def rotate_back(
     dq: torch.Tensor,
     dk: torch.Tensor,
@@ -159,7 +132,6 @@ def rotate_back(
     return grad, quantised, scale
 
 
-@_compiled
 def swiglu(
     gate_up: torch.Tensor, share: float, seed: torch.Tensor, fp8: bool
 ) -> tuple[torch.Tensor | None, ...]:
@@ -168,7 +140,6 @@ def swiglu(
     return _outputs(functional.silu(gate) * up, share, seed, fp8)
 
 
-@_compiled
 def swiglu_backward(
     gate_up: torch.Tensor,
     grad: torch.Tensor,

@@ -16,14 +16,16 @@ attention's output, the sum after attention, gate and up, and the adapters' narr
 SwiGLU gives is computed again from gate and up, together with its gradient. With checkpointing, only
 the layer's input is kept.
 
-Everything elementwise between two products is one function (`deadpan.models.elementwise`). Products go
-to the vendor's libraries as they are. So nothing is compiled anew for another number of tokens.
+Everything elementwise between two products is one function (`deadpan.models.elementwise`), on a GPU one
+kernel. Products go to the vendor's libraries as they are. So nothing is compiled anew for another
+number of tokens.
 
 Dropout draws no random numbers: whether an element is kept is a hash of its place and of a seed drawn
 once for each layer and step, so the backward pass finds the mask again without having stored it. Layers
 that read the same input share its mask; PEFT draws one for each.
 """
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -33,17 +35,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import InternVLForConditionalGeneration
 
-from deadpan.models.elementwise import (
-    add_dropped,
-    add_norm,
-    norm,
-    norm_backward,
-    quantise,
-    rotate,
-    rotate_back,
-    swiglu,
-    swiglu_backward,
-)
+from deadpan.models import elementwise
 from deadpan.models.frozen import Frozen, Rows
 from deadpan.models.segments import Segments, attend, attend_backward
 
@@ -198,6 +190,15 @@ def _base(layer: Any) -> nn.Linear:
     return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 
 
+def _elementwise(device: torch.device) -> Any:
+    """The module that has what lies between two products: kernels, where there is Triton to make them."""
+    if device.type == "cuda" and importlib.util.find_spec("triton"):
+        from deadpan.models import kernels
+
+        return kernels
+    return elementwise
+
+
 class Layer:
     """One decoder layer's parameters, as training reads them.
 
@@ -221,6 +222,7 @@ class Layer:
             for each in (layer.input_layernorm, layer.post_attention_layernorm)
         ]
         self.fp8 = fp8
+        self.ops = _elementwise(attention.q_proj.weight.device)
         self.groups = (self.qkv, self.o, self.gate_up, self.down)
         self.parameters = [p for group in self.groups for p in group.parameters]
         self.scales = [scale for group in self.groups for scale in group.scales]
@@ -271,24 +273,24 @@ def _layer_forward(
     seeds: Sequence[torch.Tensor],
     wanted: torch.Tensor | None,
 ) -> tuple[torch.Tensor, _Kept]:
-    share, fp8 = row.dropout, layer.fp8
+    ops, share, fp8 = layer.ops, row.dropout, layer.fp8
     casts = layer.casts
     weight, eps = layer.norms[0]
-    n1, d1, *q1 = norm(x, weight, eps, share, seeds[0], fp8)
+    n1, d1, *q1 = ops.norm(x, weight, eps, share, seeds[0], fp8)
     qkv, a1 = layer.qkv.forward(Rows(n1, *q1), d1, casts[0])
     heads, key_heads = layer.heads, layer.key_heads
     qkv = qkv.view(len(x), heads + 2 * key_heads, layer.dim)
-    qkv = rotate(qkv, row.cos, row.sin, heads, key_heads)
+    qkv = ops.rotate(qkv, row.cos, row.sin, heads, key_heads)
     q, k, v = qkv.split([heads, key_heads, key_heads], dim=1)
     attended, lse = attend(q, k, v, row.segments, row.positions)
     attended = attended.reshape(len(x), -1)
     read, x = (attended, x) if wanted is None else (attended[wanted], x[wanted])
-    _, d2, *q2 = quantise(read, share, seeds[1], fp8)
+    _, d2, *q2 = ops.quantise(read, share, seeds[1], fp8)
     y, a2 = layer.o.forward(Rows(read, *q2), d2, casts[1])
     weight, eps = layer.norms[1]
-    middle, n3, d3, *q3 = add_norm(x, y, weight, eps, share, seeds[2], fp8)
+    middle, n3, d3, *q3 = ops.add_norm(x, y, weight, eps, share, seeds[2], fp8)
     gate_up, a3 = layer.gate_up.forward(Rows(n3, *q3), d3, casts[2])
-    h, d4, *q4 = swiglu(gate_up, share, seeds[3], fp8)
+    h, d4, *q4 = ops.swiglu(gate_up, share, seeds[3], fp8)
     y, a4 = layer.down.forward(Rows(h, *q4), d4, casts[3])
     kept = _Kept(
         (n1 if d1 is None else d1, n3 if d3 is None else d3),
@@ -312,18 +314,13 @@ def _layer_backward(
     kept: _Kept,
     grad: torch.Tensor,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    share, fp8 = row.dropout, layer.fp8
+    ops, share, fp8 = layer.ops, row.dropout, layer.fp8
     masked = share > 0
-    _, _, *q = quantise(grad, 0.0, seeds[0], fp8)
+    _, _, *q = ops.quantise(grad, 0.0, seeds[0], fp8)
     dh, low, later_down = layer.down.backward(
         Rows(grad, *q), kept.narrow[3], layer.casts[3], masked
     )
-    if fp8:
-        from deadpan.models import kernels
-
-        d_gate_up, h, *q = kernels.swiglu_backward(kept.gate_up, dh, low, share, seeds[3])
-    else:
-        d_gate_up, h, *q = swiglu_backward(kept.gate_up, dh, low, share, seeds[3], fp8)
+    d_gate_up, h, *q = ops.swiglu_backward(kept.gate_up, dh, low, share, seeds[3], fp8)
     g_down = later_down(h)
     del dh, h
     dn, low, later = layer.gate_up.backward(
@@ -332,11 +329,11 @@ def _layer_backward(
     g_gate_up = later(kept.normed[1])
     del d_gate_up
     weight, eps = layer.norms[1]
-    d_middle, *q = norm_backward(kept.middle, weight, eps, dn, low, grad, share, seeds[2], fp8)
+    d_middle, *q = ops.norm_backward(kept.middle, weight, eps, dn, low, grad, share, seeds[2], fp8)
 
     da, low, later = layer.o.backward(Rows(d_middle, *q), kept.narrow[1], layer.casts[1], masked)
     if low is not None:
-        da = add_dropped(da, low, share, seeds[1])
+        da = ops.add_dropped(da, low, share, seeds[1])
     g_o = later(kept.read)
     if wanted is not None:
         da = torch.zeros_like(kept.attended).index_copy_(0, wanted, da)
@@ -353,11 +350,11 @@ def _layer_backward(
         row.segments,
         row.positions,
     )
-    d_qkv, *q = rotate_back(dq, dk, dv, row.cos, row.sin, fp8)
+    d_qkv, *q = ops.rotate_back(dq, dk, dv, row.cos, row.sin, fp8)
     dn, low, later = layer.qkv.backward(Rows(d_qkv, *q), kept.narrow[0], layer.casts[0], masked)
     g_qkv = later(kept.normed[0])
     weight, eps = layer.norms[0]
-    dx, *_ = norm_backward(x, weight, eps, dn, low, d_middle, share, seeds[0], False)
+    dx, *_ = ops.norm_backward(x, weight, eps, dn, low, d_middle, share, seeds[0], False)
     gradients = [*g_qkv, *g_o, *g_gate_up, *g_down]
     if gradients:
         torch._foreach_mul_(gradients, layer.scales)

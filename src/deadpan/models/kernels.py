@@ -1,12 +1,16 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Kernels of our own, where the compiler's are far from the memory's speed.
+"""What lies between two products, on a GPU: the functions of `deadpan.models.elementwise` as kernels.
 
-SwiGLU's backward pass reads gate, up and the gradient of their product, and writes the gradients of
-gate and up, the same in FP8, and the product itself: 7 bytes in and 7 out for each of two numbers. The
-FP8 scale needs the largest gradient of the whole row first, for which a compiler reads and computes
-everything twice, in kernels apart. A row of 2 x 8,192 fits into one program's registers, which here
-does it once.
+Each is bound by memory: it should read its inputs once and write its outputs once. A row (a token's
+2,048 to 2 x 8,192 numbers) fits into one program's registers. So one program has one row, finds the
+row's mean square or largest number, and goes on with what it holds; a compiler's kernels read the row
+again. Arithmetic is in float32, and rounds where the outputs do.
+
+Launching one takes the host a tenth of the time that a call to a compiled function takes, and there
+are ten of them to a layer and step: with few tokens a step, that is what a step costs.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -18,11 +22,271 @@ from deadpan.models.frozen import FP8, FP8_MAX
 @triton.jit
 def _keeps(place, seed, threshold):
     """Whether dropout keeps an element: the hash of `elementwise.dropped`."""
-    bits = (place.to(tl.uint32) ^ seed.to(tl.uint32)) * 2654435761
+    bits = (place.to(tl.uint32) ^ tl.load(seed).to(tl.uint32)) * 2654435761
     bits = (bits ^ (bits >> 16)) * 2246822507
     bits = (bits ^ (bits >> 13)) * 3266489909
     bits = (bits ^ (bits >> 16)) & 0x7FFFFFFF
     return bits >= threshold
+
+
+@triton.jit
+def _dropped(value, row, columns, at, seed, threshold, factor):
+    place = (row * columns + at).to(tl.int32)
+    return tl.where(_keeps(place, seed, threshold), value * factor, 0.0)
+
+
+@triton.jit
+def _store_fp8(value, largest, to, at, inside, scales, row, limit):
+    scale = tl.maximum(largest, 1e-12) / limit
+    tl.store(scales + row, scale)
+    tl.store(to + at, (value / scale).to(to.dtype.element_ty), inside)
+
+
+@triton.jit
+def _store_outputs(
+    value,
+    kept,
+    quantised,
+    scales,
+    row,
+    columns,
+    at,
+    inside,
+    seed,
+    threshold,
+    factor,
+    limit,
+    drop: tl.constexpr,
+    fp8: tl.constexpr,
+):
+    """What products read of a row beside itself: it after dropout, and in FP8."""
+    start = row * columns
+    if drop:
+        masked = _dropped(value, row, columns, at, seed, threshold, factor)
+        tl.store(kept + start + at, masked.to(kept.dtype.element_ty), inside)
+    if fp8:
+        largest = tl.max(tl.abs(value))
+        _store_fp8(value, largest, quantised + start, at, inside, scales, row, limit)
+
+
+@triton.jit
+def _norm_kernel(
+    x,
+    y,
+    weight,
+    total,
+    out,
+    kept,
+    quantised,
+    scales,
+    seed,
+    columns,
+    eps,
+    threshold,
+    factor,
+    limit,
+    add: tl.constexpr,
+    normalise: tl.constexpr,
+    drop: tl.constexpr,
+    fp8: tl.constexpr,
+    width: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, width)
+    inside = at < columns
+    start = row * columns
+    value = tl.load(x + start + at, inside, 0.0).to(tl.float32)
+    if add:
+        value += tl.load(y + start + at, inside, 0.0).to(tl.float32)
+        rounded = value.to(total.dtype.element_ty)
+        tl.store(total + start + at, rounded, inside)
+        value = rounded.to(tl.float32)
+    if normalise:
+        value *= tl.rsqrt(tl.sum(value * value) / columns + eps)
+        value = value.to(out.dtype.element_ty).to(tl.float32)
+        value *= tl.load(weight + at, inside, 0.0).to(tl.float32)
+        rounded = value.to(out.dtype.element_ty)
+        tl.store(out + start + at, rounded, inside)
+        value = rounded.to(tl.float32)
+    _store_outputs(
+        value,
+        kept,
+        quantised,
+        scales,
+        row,
+        columns,
+        at,
+        inside,
+        seed,
+        threshold,
+        factor,
+        limit,
+        drop,
+        fp8,
+    )
+
+
+@triton.jit
+def _norm_backward_kernel(
+    x,
+    weight,
+    grad,
+    low,
+    residual,
+    total,
+    quantised,
+    scales,
+    seed,
+    columns,
+    eps,
+    threshold,
+    factor,
+    limit,
+    masked: tl.constexpr,
+    fp8: tl.constexpr,
+    width: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, width)
+    inside = at < columns
+    start = row * columns
+    value = tl.load(x + start + at, inside, 0.0).to(tl.float32)
+    g = tl.load(grad + start + at, inside, 0.0).to(tl.float32)
+    if masked:
+        part = tl.load(low + start + at, inside, 0.0).to(tl.float32)
+        g += _dropped(part, row, columns, at, seed, threshold, factor)
+    g *= tl.load(weight + at, inside, 0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value) / columns + eps)
+    through = scale * (g - value * scale * scale * (tl.sum(g * value) / columns))
+    through += tl.load(residual + start + at, inside, 0.0).to(tl.float32)
+    rounded = through.to(total.dtype.element_ty)
+    tl.store(total + start + at, rounded, inside)
+    if fp8:
+        value = rounded.to(tl.float32)
+        largest = tl.max(tl.abs(value))
+        _store_fp8(value, largest, quantised + start, at, inside, scales, row, limit)
+
+
+@triton.jit
+def _add_dropped_kernel(x, y, out, seed, columns, threshold, factor, width: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, width)
+    inside = at < columns
+    start = row * columns
+    part = tl.load(y + start + at, inside, 0.0).to(tl.float32)
+    value = tl.load(x + start + at, inside, 0.0).to(tl.float32)
+    value += _dropped(part, row, columns, at, seed, threshold, factor)
+    tl.store(out + start + at, value.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _rotate_kernel(qkv, cos, sin, stride, pairs, half, width: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, width)
+    inside = at < pairs
+    d = at % half
+    first = qkv + row * stride + (at // half) * 2 * half + d
+    angle = row * 2 * half + d
+    one = tl.load(first, inside, 0.0).to(tl.float32)
+    two = tl.load(first + half, inside, 0.0).to(tl.float32)
+    turned_one = one * tl.load(cos + angle).to(tl.float32)
+    turned_one -= two * tl.load(sin + angle).to(tl.float32)
+    turned_two = two * tl.load(cos + angle + half).to(tl.float32)
+    turned_two += one * tl.load(sin + angle + half).to(tl.float32)
+    tl.store(first, turned_one.to(qkv.dtype.element_ty), inside)
+    tl.store(first + half, turned_two.to(qkv.dtype.element_ty), inside)
+
+
+@triton.jit
+def _from_three(dq, dk, dv, row, at, in_q, in_k, in_v, q_columns, k_columns):
+    """Numbers of a row of q, k and v side by side; in_q, in_k and in_v say whose each is."""
+    q = tl.load(dq + row * q_columns + at, in_q, 0.0).to(tl.float32)
+    k = tl.load(dk + row * k_columns + at - q_columns, in_k, 0.0).to(tl.float32)
+    v = tl.load(dv + row * k_columns + at - q_columns - k_columns, in_v, 0.0).to(tl.float32)
+    return q + k + v
+
+
+@triton.jit
+def _rotate_back_kernel(
+    dq,
+    dk,
+    dv,
+    cos,
+    sin,
+    out,
+    quantised,
+    scales,
+    q_columns,
+    k_columns,
+    half,
+    limit,
+    fp8: tl.constexpr,
+    width: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, width)
+    rotated = q_columns + k_columns
+    columns = rotated + k_columns
+    in_q, in_k = at < q_columns, (at >= q_columns) & (at < rotated)
+    in_v = (at >= rotated) & (at < columns)
+    d = at % (2 * half)
+    other = tl.where(d < half, half, -half)
+    angle = row * 2 * half + d
+    own = _from_three(dq, dk, dv, row, at, in_q, in_k, in_v, q_columns, k_columns)
+    theirs = _from_three(dq, dk, dv, row, at + other, in_q, in_k, in_v, q_columns, k_columns)
+    turned = own * tl.load(cos + angle).to(tl.float32)
+    across = theirs * tl.load(sin + angle + other).to(tl.float32)
+    turned += tl.where(d < half, across, -across)
+    rounded = tl.where(at < rotated, turned, own).to(out.dtype.element_ty)
+    inside = at < columns
+    start = row * columns
+    tl.store(out + start + at, rounded, inside)
+    if fp8:
+        value = rounded.to(tl.float32)
+        largest = tl.max(tl.abs(value))
+        _store_fp8(value, largest, quantised + start, at, inside, scales, row, limit)
+
+
+@triton.jit
+def _swiglu_kernel(
+    gate_up,
+    out,
+    kept,
+    quantised,
+    scales,
+    seed,
+    columns,
+    threshold,
+    factor,
+    limit,
+    drop: tl.constexpr,
+    fp8: tl.constexpr,
+    width: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, width)
+    inside = at < columns
+    wide = row * columns * 2 + at
+    gate = tl.load(gate_up + wide, inside, 0.0).to(tl.float32)
+    up = tl.load(gate_up + wide + columns, inside, 0.0).to(tl.float32)
+    rounded = (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty)
+    tl.store(out + row * columns + at, rounded, inside)
+    _store_outputs(
+        rounded.to(tl.float32),
+        kept,
+        quantised,
+        scales,
+        row,
+        columns,
+        at,
+        inside,
+        seed,
+        threshold,
+        factor,
+        limit,
+        drop,
+        fp8,
+    )
 
 
 @triton.jit
@@ -38,22 +302,22 @@ def _swiglu_backward_kernel(
     columns,
     threshold,
     factor,
+    limit,
     masked: tl.constexpr,
-    limit: tl.constexpr,
+    fp8: tl.constexpr,
     width: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, width)
     inside = at < columns
+    narrow = row * columns + at
     wide = row * columns * 2 + at
     gate = tl.load(gate_up + wide, inside, 0.0).to(tl.float32)
     up = tl.load(gate_up + wide + columns, inside, 0.0).to(tl.float32)
-    g = tl.load(grad + row * columns + at, inside, 0.0).to(tl.float32)
+    g = tl.load(grad + narrow, inside, 0.0).to(tl.float32)
     if masked:
-        place = (row * columns + at).to(tl.int32)
-        keeps = _keeps(place, tl.load(seed), threshold)
-        part = tl.load(low + row * columns + at, inside, 0.0).to(tl.float32)
-        g += tl.where(keeps, part * factor, 0.0)
+        part = tl.load(low + narrow, inside, 0.0).to(tl.float32)
+        g += _dropped(part, row, columns, at, seed, threshold, factor)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     to_gate = (g * up * (sigmoid + silu * (1 - sigmoid))).to(both.dtype.element_ty)
@@ -62,14 +326,207 @@ def _swiglu_backward_kernel(
     tl.store(both + wide + columns, to_up, inside)
     out = silu * up
     if masked:
-        out = tl.where(keeps, out * factor, 0.0)
-    tl.store(product + row * columns + at, out.to(product.dtype.element_ty), inside)
-    one, two = to_gate.to(tl.float32), to_up.to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(one)), tl.max(tl.abs(two)))
-    scale = tl.maximum(largest, 1e-12) / limit
-    tl.store(scales + row, scale)
-    tl.store(quantised + wide, (one / scale).to(quantised.dtype.element_ty), inside)
-    tl.store(quantised + wide + columns, (two / scale).to(quantised.dtype.element_ty), inside)
+        out = _dropped(out, row, columns, at, seed, threshold, factor)
+    tl.store(product + narrow, out.to(product.dtype.element_ty), inside)
+    if fp8:
+        one, two = to_gate.to(tl.float32), to_up.to(tl.float32)
+        largest = tl.maximum(tl.max(tl.abs(one)), tl.max(tl.abs(two)))
+        start = quantised + row * columns * 2
+        _store_fp8(one, largest, start, at, inside, scales, row, limit)
+        _store_fp8(two, largest, start + columns, at, inside, scales, row, limit)
+
+
+def _width(columns: int) -> dict[str, Any]:
+    """A program's size: the columns as a power of two, 16 to a thread as far as warps go."""
+    width = triton.next_power_of_2(columns)
+    return {"width": width, "num_warps": min(max(width // 512, 4), 16)}
+
+
+def _chances(share: float) -> tuple[int, float]:
+    """Dropout as the kernels take it: the hash below which an element is left out, and the factor of the others."""
+    return int(share * 2**31), 1 / (1 - share)
+
+
+Outputs = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+def _room(
+    x: torch.Tensor, share: float, fp8: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Room for an input after dropout, in FP8, and for the scales of that."""
+    kept = torch.empty_like(x) if share else None
+    return kept, *_room_fp8(x, fp8)
+
+
+def _room_fp8(x: torch.Tensor, fp8: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if not fp8:
+        return None, None
+    return torch.empty_like(x, dtype=FP8), x.new_empty(len(x), 1, dtype=torch.float32)
+
+
+def _norm(
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    eps: float,
+    share: float,
+    seed: torch.Tensor,
+    fp8: bool,
+) -> tuple[torch.Tensor, Outputs]:
+    """The sum x + y, and what products read of it, after RMSNorm if there is a weight."""
+    total = x if y is None else torch.empty_like(x)
+    out = total if weight is None else torch.empty_like(x)
+    kept, quantised, scales = _room(x, share, fp8)
+    _norm_kernel[(len(x),)](
+        x,
+        y,
+        weight,
+        total,
+        out,
+        kept,
+        quantised,
+        scales,
+        seed,
+        x.shape[1],
+        eps,
+        *_chances(share),
+        FP8_MAX,
+        add=y is not None,
+        normalise=weight is not None,
+        drop=kept is not None,
+        fp8=fp8,
+        **_width(x.shape[1]),
+    )
+    return total, (out, kept, quantised, scales)
+
+
+def norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, share: float, seed: torch.Tensor, fp8: bool
+) -> Outputs:
+    return _norm(x, None, weight, eps, share, seed, fp8)[1]
+
+
+def add_norm(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    share: float,
+    seed: torch.Tensor,
+    fp8: bool,
+) -> tuple[torch.Tensor | None, ...]:
+    total, outputs = _norm(x, y, weight, eps, share, seed, fp8)
+    return total, *outputs
+
+
+def quantise(x: torch.Tensor, share: float, seed: torch.Tensor, fp8: bool) -> Outputs:
+    if not share and not fp8:
+        return x, None, None, None
+    return _norm(x, None, None, 0.0, share, seed, fp8)[1]
+
+
+def norm_backward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    grad: torch.Tensor,
+    low: torch.Tensor | None,
+    residual: torch.Tensor,
+    share: float,
+    seed: torch.Tensor,
+    fp8: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    total = torch.empty_like(x)
+    quantised, scales = _room_fp8(x, fp8)
+    _norm_backward_kernel[(len(x),)](
+        x,
+        weight,
+        grad,
+        low,
+        residual,
+        total,
+        quantised,
+        scales,
+        seed,
+        x.shape[1],
+        eps,
+        *_chances(share),
+        FP8_MAX,
+        masked=low is not None,
+        fp8=fp8,
+        **_width(x.shape[1]),
+    )
+    return total, quantised, scales
+
+
+def add_dropped(x: torch.Tensor, y: torch.Tensor, share: float, seed: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(x)
+    columns = x.shape[1]
+    _add_dropped_kernel[(len(x),)](x, y, out, seed, columns, *_chances(share), **_width(columns))
+    return out
+
+
+def rotate(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, key_heads: int
+) -> torch.Tensor:
+    """In place."""
+    tokens, _, dim = qkv.shape
+    pairs = (heads + key_heads) * dim // 2
+    _rotate_kernel[(tokens,)](qkv, cos, sin, qkv.stride(0), pairs, dim // 2, **_width(pairs))
+    return qkv
+
+
+def rotate_back(
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    fp8: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    dq, dk, dv = (grad.contiguous().flatten(1) for grad in (dq, dk, dv))
+    q_columns, k_columns = dq.shape[1], dk.shape[1]
+    columns = q_columns + 2 * k_columns
+    out = dq.new_empty(len(dq), columns)
+    quantised, scales = _room_fp8(out, fp8)
+    _rotate_back_kernel[(len(dq),)](
+        dq,
+        dk,
+        dv,
+        cos,
+        sin,
+        out,
+        quantised,
+        scales,
+        q_columns,
+        k_columns,
+        cos.shape[1] // 2,
+        FP8_MAX,
+        fp8=fp8,
+        **_width(columns),
+    )
+    return out, quantised, scales
+
+
+def swiglu(gate_up: torch.Tensor, share: float, seed: torch.Tensor, fp8: bool) -> Outputs:
+    columns = gate_up.shape[1] // 2
+    out = gate_up.new_empty(len(gate_up), columns)
+    kept, quantised, scales = _room(out, share, fp8)
+    _swiglu_kernel[(len(out),)](
+        gate_up,
+        out,
+        kept,
+        quantised,
+        scales,
+        seed,
+        columns,
+        *_chances(share),
+        FP8_MAX,
+        drop=kept is not None,
+        fp8=fp8,
+        **_width(columns),
+    )
+    return out, kept, quantised, scales
 
 
 def swiglu_backward(
@@ -78,38 +535,25 @@ def swiglu_backward(
     low: torch.Tensor | None,
     share: float,
     seed: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The backward pass of silu(gate) up, on a GPU.
-
-    Args:
-        gate_up: bfloat16 of shape (token, gate + up).
-        grad: Of the product: (token, up).
-        low: The adapters' part of it, before dropout's mask; None without dropout.
-        share: The share that dropout leaves out.
-        seed: Dropout's seed, int32 scalar.
-
-    Returns:
-        The gradient of gate and up, the product after dropout, the gradient in FP8, and its scales (token, 1).
-    """
+    fp8: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     rows, columns = grad.shape
     both, product = torch.empty_like(gate_up), torch.empty_like(grad)
-    quantised = torch.empty_like(gate_up, dtype=FP8)
-    scales = torch.empty(rows, 1, device=grad.device)
+    quantised, scales = _room_fp8(gate_up, fp8)
     _swiglu_backward_kernel[(rows,)](
         gate_up,
         grad,
-        grad if low is None else low,
+        low,
         seed,
         both,
         product,
         quantised,
         scales,
         columns,
-        int(share * 2**31),
-        1 / (1 - share),
-        low is not None,
+        *_chances(share),
         FP8_MAX,
-        triton.next_power_of_2(columns),
-        num_warps=16,
+        masked=low is not None,
+        fp8=fp8,
+        **_width(columns),
     )
     return both, product, quantised, scales
