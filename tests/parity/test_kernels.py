@@ -89,8 +89,8 @@ def test_the_rotation_and_its_gradient(fp8: bool) -> None:
     qkv = drawn(ROWS, heads + 2 * key_heads, dim)
     angles = drawn(ROWS, dim // 2).float().repeat(1, 2)
     cos, sin = angles.cos().to(DTYPE), angles.sin().to(DTYPE)
-    gradients = qkv.flip(0).split([heads, key_heads, key_heads], dim=1)
-    expected = elementwise.rotate_back(*gradients, cos, sin, fp8)
-    assert_same(kernels.rotate_back(*gradients, cos, sin, fp8), expected)
-    expected = [elementwise.rotate(qkv, cos, sin, heads, key_heads)]
-    assert_same([kernels.rotate(qkv, cos, sin, heads, key_heads)], expected)
+    dq, dk, dv = qkv.flip(0).split([heads, key_heads, key_heads], dim=1)
+    back = elementwise.rotate_back(dq, dk, dv, cos, sin, fp8)
+    assert_same(kernels.rotate_back(dq, dk, dv, cos, sin, fp8), back)
+    turned = elementwise.rotate(qkv, cos, sin, heads, key_heads)
+    assert_same([kernels.rotate(qkv, cos, sin, heads, key_heads)], [turned])

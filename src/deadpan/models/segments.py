@@ -14,7 +14,9 @@ merged `out` and `lse` to give each part's share of the gradients, as in ring at
 2023, arXiv 2310.01889).
 """
 
+import importlib.util
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -121,6 +123,18 @@ def has_flash(query: torch.Tensor) -> bool:
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
 
+@cache
+def _flash_4(device: torch.device) -> Any:
+    """FlashAttention 4, where it is installed and the GPU is one that it is written for, else None."""
+    if torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return None
+    if not (importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")):
+        return None
+    from flash_attn.cute import interface
+
+    return interface
+
+
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -217,6 +231,19 @@ def _flash(
     longest_k: int,
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if newer := _flash_4(q.device):
+        out, lse, *_ = newer._flash_attn_fwd(
+            q,
+            k,
+            v,
+            cu_seqlens_q=starts_q,
+            cu_seqlens_k=starts_k,
+            max_seqlen_q=longest_q,
+            max_seqlen_k=longest_k,
+            causal=causal,
+            return_lse=True,
+        )
+        return out, lse
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, starts_q, starts_k, longest_q, longest_k, 0.0, causal, False
     )
@@ -236,6 +263,21 @@ def _flash_backward(
     longest_k: int,
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if newer := _flash_4(q.device):
+        dq, dk, dv, *_ = newer._flash_attn_bwd(
+            q,
+            k,
+            v,
+            out,
+            grad,
+            lse,
+            causal=causal,
+            cu_seqlens_q=starts_q,
+            cu_seqlens_k=starts_k,
+            max_seqlen_q=longest_q,
+            max_seqlen_k=longest_k,
+        )
+        return dq, dk, dv
     unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the dropout's random state
     return torch.ops.aten._flash_attention_backward(
         grad,
