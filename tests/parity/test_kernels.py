@@ -17,7 +17,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # The interpreter cuts bfloat16 off where a GPU rounds it.
 DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
-PRECISION = 1e-5 if INTERPRETED else 2**-7
+# The functions round to bfloat16 between their operations, the kernels at the end.
+PRECISION = 1e-5 if INTERPRETED else 2**-6
 ROWS, HIDDEN = 7, 96  # not a power of two
 EPS = 1e-5
 
@@ -50,7 +51,7 @@ def assert_same(
         elif one.dtype is torch.float8_e4m3fn:
             assert other.dtype is one.dtype
             if not INTERPRETED:  # which loses the carry of a mantissa that it rounds up
-                torch.testing.assert_close(one.float(), other.float(), rtol=2**-3, atol=2**-9)
+                torch.testing.assert_close(one.float(), other.float(), rtol=2**-2, atol=2**-6)
             assert (one.float() != other.float()).float().mean() < 0.1
         else:
             torch.testing.assert_close(one, other, rtol=PRECISION, atol=PRECISION)
