@@ -119,11 +119,9 @@ ROWS = {
     "fp8": Row("+ FP8", quantization="fp8"),
     "fp8-dropout": Row("FP8, LoRA dropout 0.05", quantization="fp8", dropout=0.05),
     "nf4": Row("NF4 instead of FP8", quantization="nf4"),
-    "24gb": Row(
-        "FP8, checkpointing, 4 at a time", quantization="fp8", checkpoint=True, micro_batch=4
-    ),
+    "24gb": Row("FP8, checkpointing", quantization="fp8", checkpoint=True),
     "12gb": Row(
-        "NF4, checkpointing, 1 at a time", quantization="nf4", checkpoint=True, micro_batch=1
+        "NF4, checkpointing, 4 at a time", quantization="nf4", checkpoint=True, micro_batch=4
     ),
 }
 

@@ -5,9 +5,6 @@ Each is bound by memory: it should read its inputs once and write its outputs on
 2,048 to 2 x 8,192 numbers) fits into one program's registers. So one program has one row, finds the
 row's mean square or largest number, and goes on with what it holds; a compiler's kernels read the row
 again. Arithmetic is in float32, and rounds where the outputs do.
-
-Launching one takes the host a tenth of the time that a call to a compiled function takes, and there
-are ten of them to a layer and step: with few tokens a step, that is what a step costs.
 """
 
 from typing import Any
