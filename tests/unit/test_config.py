@@ -189,8 +189,8 @@ def test_both_branches_of_a_union_are_one_mistake(workers: str, recipe_file: Pat
         ("name: adamw", "name", "did you mean 'optimizer.name' or 'schedule.name'?"),
         ("schedule: {zzz: 1}", "schedule.zzz", "choose one of name, warmup_ratio"),
         ("data.workers: 0", "data.workers", "write it as data: {workers: ...}"),
-        ("base: other.yaml", "base", "choose one of attention, data"),
-        ("7: 1", "7", "choose one of attention, data"),
+        ("base: other.yaml", "base", "choose one of adapter, attention, data"),
+        ("7: 1", "7", "choose one of adapter, attention, data"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(text: str, key: str, fix: str, recipe_file: Path) -> None:

@@ -83,6 +83,11 @@ def test_processes_of_a_host_share_its_cores_among_their_workers(
     [
         ({"distributed": {"engine": "fsdp2"}, "quantization": "nf4"}, "ddp or deepspeed"),
         ({"distributed": {"engine": "fsdp2"}, "quantization": "fp8"}, "auto or ddp"),
+        ({"distributed": {"engine": "fsdp2"}, "objective": "dpo"}, "auto or ddp with objective"),
+        (
+            {"distributed": {"engine": "deepspeed"}, "objective": "dpo"},
+            "auto or ddp with objective",
+        ),
         ({"distributed": {"engine": "deepspeed"}, "decoder": "fused"}, "auto or ddp"),
         (
             {"distributed": {"engine": "deepspeed"}, "optimizer": {"name": "prodigy"}},

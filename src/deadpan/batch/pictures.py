@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from deadpan.data.pictures import open_picture
-from deadpan.data.records import IMAGE_TAG, Turn
+from deadpan.data.records import IMAGE_TAG, Turn, read_text
 from deadpan.engines.base import Request
 from deadpan.errors import DeadpanError
 from deadpan.nano import records_file
@@ -107,12 +107,9 @@ def _files(folder: Path) -> list[str]:
 
 def _values(path: Path) -> Iterator[tuple[str, object]]:
     """The JSON values of a file, each with its place."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise DeadpanError("There is no such folder or file of pictures.", where=path) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DeadpanError(f"The file of pictures cannot be read: {error}.", where=path) from None
+    if not path.exists():
+        raise DeadpanError("There is no such folder or file of pictures.", where=path)
+    text = read_text(path)
     if text.lstrip().startswith("["):
         values = _parsed(text, path)
         for number, value in enumerate(values if isinstance(values, list) else []):

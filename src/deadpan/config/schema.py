@@ -153,6 +153,22 @@ class Optimizer(_Section):
         return value
 
 
+class Dpo(_Section):
+    """Preference training, read with `objective: dpo`."""
+
+    beta: float = Field(
+        default=0.1,
+        gt=0,
+        description="How closely the model is held to the one it started as; higher is closer.",
+    )
+    label_smoothing: float = Field(
+        default=0.0,
+        ge=0,
+        lt=0.5,
+        description="The share of pairs expected to be the wrong way round.",
+    )
+
+
 class Schedule(_Section):
     """How the learning rate moves over the run."""
 
@@ -227,6 +243,20 @@ class Recipe(_Section):
     model: str = Field(
         min_length=1, description="The checkpoint to start from: a folder or a Hub id."
     )
+    adapter: str | None = Field(
+        default=None,
+        min_length=1,
+        description="An adapter to go on from, such as a run folder: preference training follows "
+        "fine-tuning. It is trained further, so lora.r, lora.lora_alpha, lora.target_modules and "
+        "train_projector are its own. null: a fresh one.",
+    )
+    objective: Literal["sft", "dpo"] = Field(
+        default="sft",
+        description="What is learned. sft: to give the records' answers; dpo: to prefer, of two answers "
+        "to a picture, the one that was liked more. Records are then preference pairs, a sample is a "
+        "pair, and the reference is the model that the run starts from.",
+    )
+    dpo: Dpo = Dpo()
     attention: Literal["auto", "eager", "sdpa", "flash", "varlen"] = Field(
         default="auto",
         description="The attention kernel; auto: varlen for packed rows, else sdpa.",
@@ -358,6 +388,11 @@ class Recipe(_Section):
         engine, optimizer = distributed.engine, info.data.get("optimizer")
         if engine in ("auto", "ddp"):
             return distributed
+        if info.data.get("objective") == "dpo":
+            raise contradiction(
+                "auto or ddp with objective: dpo; in parts, records' answers alone are trained on",
+                "distributed.engine",
+            )
         if optimizer is not None and optimizer.name != "adamw":
             raise contradiction(
                 f"auto or ddp with {optimizer.name}: in parts, only adamw does what it does whole",
@@ -381,9 +416,21 @@ class Recipe(_Section):
     def _multiplies_in_fp8(cls, decoder: str, info: ValidationInfo) -> str:
         if decoder == "transformers" and info.data.get("quantization") == "fp8":
             raise contradiction("auto or fused with quantization: fp8")
+        if info.data.get("objective") == "dpo":
+            if decoder == "fused":
+                raise contradiction("auto or transformers with objective: dpo")
+            if info.data.get("quantization") == "fp8":
+                raise contradiction("none or nf4 with objective: dpo", "quantization")
         if decoder == "fused" and info.data.get("attention") in ("eager", "sdpa"):
             raise contradiction("auto or transformers with attention: eager or sdpa")
         return decoder
+
+    @field_validator("dpo")
+    @classmethod
+    def _is_the_objective(cls, dpo: Dpo, info: ValidationInfo) -> Dpo:
+        if dpo != Dpo() and info.data.get("objective") == "sft":
+            raise contradiction("objective: dpo, which alone reads this section", "dpo")
+        return dpo
 
     @field_validator("schedule")
     @classmethod

@@ -17,7 +17,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -103,6 +103,7 @@ class Record:
         folder: What relative picture paths start from.
         concepts: What the pictures show: each name with the puns on it.
         stars: How many people liked the answer; None if it is not known.
+        rejected: Of a preference pair, the answer that was liked less than the last turn's.
     """
 
     id: str | None
@@ -114,6 +115,15 @@ class Record:
     folder: Path
     concepts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     stars: int | None = None
+    rejected: str | None = None
+
+    @property
+    def sides(self) -> tuple["Record", ...]:
+        """The conversations to compute: this one, or a pair's two, the one with the liked answer first."""
+        if self.rejected is None:
+            return (self,)
+        other = (*self.turns[:-1], Turn("gpt", self.rejected))
+        return replace(self, rejected=None), replace(self, turns=other, rejected=None)
 
     @property
     def name(self) -> str:
@@ -158,15 +168,10 @@ def read(path: Path, images: Path | None = None) -> tuple[list[Record], list[Pro
         DeadpanError: If the file is missing, empty, not UTF-8 or not JSON at all, or if `images` is
             not a folder.
     """
-    if images is not None and not images.is_dir():
-        raise DeadpanError(
-            "The folder of pictures does not exist.",
-            where=images,
-            fix="pass the folder that the picture paths in the records start from",
-        )
+    check_images(images)
     path = records_file(path)
     folder = path.parent if images is None else images
-    text = _text(path)
+    text = read_text(path)
     start = text.lstrip(_JSON_SPACE)[:1]
     if not start:
         raise DeadpanError("The file is empty.", where=path, expected="a JSON array or JSON lines")
@@ -247,7 +252,26 @@ def _place(file: Path, index: int, line: int | None, identifier: str | None) -> 
     return f"{file.name} {place}" + ("" if identifier is None else f" (id {identifier!r})")
 
 
-def _text(path: Path) -> str:
+def check_images(images: Path | None) -> None:
+    """Refuse a folder of pictures that is none.
+
+    Raises:
+        DeadpanError: If it does not exist.
+    """
+    if images is not None and not images.is_dir():
+        raise DeadpanError(
+            "The folder of pictures does not exist.",
+            where=images,
+            fix="pass the folder that the picture paths in the records start from",
+        )
+
+
+def read_text(path: Path) -> str:
+    """The text of a file of records.
+
+    Raises:
+        DeadpanError: If it cannot be read or is not UTF-8.
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError:

@@ -22,6 +22,12 @@ RECORDS = {
 }
 """The starter set's files, by what they are called where a file of records is asked for."""
 
+PREFERENCES = {
+    "nano:preferences": _HERE / "starter" / "preferences.jsonl",
+    "nano:preferences-held-out": _HERE / "starter" / "preferences-held-out.jsonl",
+}
+"""Its preference pairs, for `objective: dpo`."""
+
 
 def records_file(path: Path) -> Path:
     """The file that a name stands for; any other path stands for itself.
@@ -29,11 +35,11 @@ def records_file(path: Path) -> Path:
     Raises:
         DeadpanError: If it looks like a name of the starter set and is none.
     """
-    name = str(path)
-    if name in RECORDS:
-        return RECORDS[name]
+    name, files = str(path), RECORDS | PREFERENCES
+    if name in files:
+        return files[name]
     if name.startswith(f"{MODEL}:"):
         raise DeadpanError(
-            "The starter set has no such part.", where=name, fix=did_you_mean(name, RECORDS)
+            "The starter set has no such part.", where=name, fix=did_you_mean(name, files)
         )
     return path

@@ -92,6 +92,13 @@ class Size:
     supervised: int
     tiles: int
 
+    def __add__(self, other: "Size") -> "Size":
+        return Size(
+            self.tokens + other.tokens,
+            self.supervised + other.supervised,
+            self.tiles + other.tiles,
+        )
+
 
 def place_pictures(turns: Sequence[Turn], pictures: int, where: str) -> list[Turn]:
     """Put `<image>` in front of the first question where the one picture has no place, and check the count.
@@ -201,6 +208,21 @@ class Processor:
         """
         input_ids, labels = self.encode(record.turns, tile_counts, record.name)
         return Sample(input_ids, labels, None, record.name)
+
+    def samples(self, record: Record) -> list[Sample]:
+        """Encode a record, or the two sides of a preference pair; its pictures are decoded once.
+
+        Raises:
+            DeadpanError: As `record`.
+        """
+        first, *others = record.sides
+        sample = self.record(first)
+        counts = [
+            self.tile_policy.count(picture_size(path), len(record.images))
+            for path in (record.image_paths if others else ())
+        ]
+        encoded = [self.encode(side.turns, counts, side.name) for side in others]
+        return [sample, *(Sample(*ids, sample.pixel_values, record.name) for ids in encoded)]
 
     def size(self, record: Record) -> Size:
         """The size of a record, from its pictures' headers alone; it may exceed max_length."""

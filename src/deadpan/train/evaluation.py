@@ -8,8 +8,8 @@ random numbers are afterwards as before.
 
 import math
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,10 +22,10 @@ from deadpan.data.records import Record
 from deadpan.engines.base import GenerationSettings
 from deadpan.engines.builtin import BuiltinEngine
 from deadpan.evaluate.answers import Answer, ask, questions
-from deadpan.evaluate.likelihood import answer_loss
 from deadpan.evaluate.memorisation import Reading, nearly_verbatim, sign, verbatim
 from deadpan.processing.processor import Processor
 from deadpan.train import state
+from deadpan.train.objective import Objective
 
 _LONGEST_INTERVAL = 200
 _TRAINING_RECORDS = 64
@@ -48,12 +48,14 @@ class Figures:
     """What one evaluation found.
 
     Attributes:
-        eval_loss: Mean -log p of the held-out answers' tokens, in nats.
+        eval_loss: The loss of the held-out records: mean -log p of their answers' tokens, in nats, or
+            the mean loss of pairs.
         train_loss: The same of a fixed sample of training records, without dropout.
         memorisation: The share of answers to training pictures that are training answers, or
             nearly; None if none was asked.
         verbatim: The share that are word for word.
         jokes: The answers to the probe pictures.
+        beside: Of the held-out records, what the objective measures besides the loss.
     """
 
     eval_loss: float
@@ -61,6 +63,7 @@ class Figures:
     memorisation: float | None
     verbatim: float | None
     jokes: tuple[Answer, ...]
+    beside: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The figures as metrics.jsonl has them."""
@@ -68,6 +71,7 @@ class Figures:
             "eval_loss": self.eval_loss,
             "train_loss": self.train_loss,
             "loss_gap": self.eval_loss - self.train_loss,
+            **{f"eval_{name}": value for name, value in self.beside.items()},
         }
         if self.memorisation is not None and self.verbatim is not None:
             figures |= {"memorisation": self.memorisation, "verbatim": self.verbatim}
@@ -80,6 +84,7 @@ class Evaluator:
     Args:
         model: The model.
         processor: Makes its inputs.
+        objective: What the losses are.
         training: The records it is trained on.
         held_out: The records it is not.
         settings: What to measure.
@@ -92,6 +97,7 @@ class Evaluator:
         self,
         model: PeftModel,
         processor: Processor,
+        objective: Objective,
         training: Sequence[Record],
         held_out: Sequence[Record],
         settings: schema.Evaluation,
@@ -100,6 +106,7 @@ class Evaluator:
         dtype: torch.dtype,
     ) -> None:
         self._model, self._processor, self._dtype = model, processor, dtype
+        self._objective = objective
         self._held_out = held_out
         self._training = _some(training, _TRAINING_RECORDS, seed)
         self._by_heart = [answer for record in training for answer in record.answers]
@@ -139,10 +146,8 @@ class Evaluator:
             if done == of:
                 finished += of
 
-        held_out, training = (
-            answer_loss(self._model, self._processor, records, self._batch, part)[0]
-            for records in (self._held_out, self._training)
-        )
+        held_out, beside = self._objective.measure(self._held_out, self._batch, part)
+        training, _ = self._objective.measure(self._training, self._batch, part)
         engine = BuiltinEngine(
             Loaded(self._model, self._processor, Path(), Path()), batch_size=self._batch
         )
@@ -157,6 +162,7 @@ class Evaluator:
             _share(nearly_verbatim(texts, self._by_heart)) if texts else None,
             _share(verbatim(texts, self._by_heart)) if texts else None,
             tuple(jokes),
+            beside,
         )
 
 

@@ -64,7 +64,7 @@ class MicroBatches(Dataset[tuple[MicroBatch, Batch | DeadpanError]]):
         if self._blank is not None:
             return self._pictured([processor.record(record) for record in records], self._blank)
         if self._cache is None:
-            samples = [processor.record(record) for record in records]
+            samples = [sample for record in records for sample in processor.samples(record)]
             return collate(samples, processor.pad_id, self._packing)
         files = [self._cache.paths(record) for record in records]
         known = [self._cache.read(paths) for paths in files]

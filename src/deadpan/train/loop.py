@@ -27,24 +27,35 @@ from deadpan.checkpoints.load import choose_dtype
 from deadpan.checkpoints.source import Layout, detect, resolve
 from deadpan.config.schema import Recipe
 from deadpan.data.records import Record
-from deadpan.data.records import load as load_records
 from deadpan.errors import DeadpanError
 from deadpan.models import lora
 from deadpan.models.answer_loss import plain_model
 from deadpan.models.attention import kernels
 from deadpan.processing.collate import Batch
 from deadpan.processing.processor import Processor, load_processor
-from deadpan.train import evaluation, memory, nonfinite, optimizers, parallel, state, trackers
+from deadpan.train import (
+    evaluation,
+    memory,
+    nonfinite,
+    optimizers,
+    parallel,
+    references,
+    state,
+    trackers,
+)
 from deadpan.train.features import FeatureCache
 from deadpan.train.loader import MicroBatches, batches, blank, share, worker_count
 from deadpan.train.model import TrainingLoss, build
+from deadpan.train.objective import Answers, Objective, Preferences
 from deadpan.train.plan import MicroBatch, Plan
 from deadpan.train.processes import Processes, check_recipe, without_traceback
+from deadpan.train.references import References
 from deadpan.train.rehearsal import choose_micro_batch_size
 from deadpan.train.run_folder import RunLog, open_run
 from deadpan.train.schedule import resolve as resolve_schedule
 from deadpan.train.schedule import schedule
-from deadpan.train.split import split
+from deadpan.train.split import read, split
+from deadpan.train.start import with_adapter
 from deadpan.train.stopping import stop_signal
 from deadpan.train.survey import Survey, survey
 from deadpan.train.watcher import Watcher
@@ -97,14 +108,15 @@ class Trainer:
         self, recipe: Recipe, resume: bool | str, watcher: Watcher, dry_run: bool = False
     ) -> None:
         self.processes = Processes(recipe.device)
+        recipe = self.processes.together(lambda: with_adapter(recipe))
         self.accelerator, self.device = self.processes.accelerator, self.processes.device
         # Rank 0 alone tells how it goes.
         self.watcher = watcher = watcher if self.processes.rank == 0 else Watcher()
         self.run = Path(recipe.run)
-        self._checkpoint = None
+        self.checkpoint = None
         world = self.processes.world
         if resume or not dry_run:
-            self._checkpoint, recipe = self.processes.lead(
+            self.checkpoint, recipe = self.processes.lead(
                 lambda: open_run(self.run, recipe, resume, world)
             )
         if world > 1:
@@ -129,13 +141,19 @@ class Trainer:
             recipe.max_steps,
         )
         self.processes.together(lambda: self._build_model(folder))
+        found = None
+        if recipe.objective == "dpo":
+            # Before a checkpoint's weights take the place of those that the run starts from.
+            found = references.of_run(self, asked=not dry_run)
+        self.processes.together(self._restore_weights)
         self.processes.check_equal(self._trained())
         self.processes.together(self._build_optimizer)
         self.processes.together(self._restore)
+        self.objective = self._objective(found)
 
     def _look_at_records(self) -> tuple[Survey, list[Record]]:
         data, surveying = self.recipe.data, self.watcher.surveying
-        records = load_records(data.train, data.images)
+        records = read(self.recipe, data.train)
         surveyed = survey(records, self.processor, data.overlong, surveying)
         return split(self.recipe, surveyed, self.processor, surveying)
 
@@ -153,15 +171,18 @@ class Trainer:
         if rank:
             # Fresh weights are the same in all ranks; what dropout leaves out must not be.
             set_seed((recipe.seed + _SEED_STRIDE * rank) % 2**32)
-        if self._checkpoint is not None:
-            if rank and not self._checkpoint.is_dir():
+
+    def _restore_weights(self) -> None:
+        rank = self.processes.rank
+        if self.checkpoint is not None:
+            if rank and not self.checkpoint.is_dir():
                 raise DeadpanError(
                     "A host has not the checkpoint to resume from.",
-                    where=self._checkpoint.absolute(),
+                    where=self.checkpoint.absolute(),
                     found=f"rank {rank} finds no such folder",
                     fix="put the run folder where all hosts see it, under the same path",
                 )
-            state.restore_weights(self._checkpoint, self.model)
+            state.restore_weights(self.checkpoint, self.model)
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -178,7 +199,7 @@ class Trainer:
         # Prepared without its optimizer and without DistributedDataParallel: gradients are scaled,
         # accumulated and summed here.
         self.loss = TrainingLoss(
-            recipe,
+            self.recipe,
             self.model,
             self.processor,
             self.device,
@@ -187,15 +208,21 @@ class Trainer:
         )
         self.cache = self._roomy(self.loss.cache)
 
+    def _objective(self, found: References | None) -> Objective:
+        if found is None:
+            return Answers(self.model, self.processor, self.loss)
+        training, settings = self.survey.records, self.recipe.dpo
+        return Preferences(self.model, self.processor, settings, training, found, self.dtype)
+
     def _restore(self) -> None:
         self.position = state.Position(
             records=state.digest(self.survey.records),
             held_out=state.digest(self.held_out) if self.held_out else "",
             processes=self.processes.world,
         )
-        if self._checkpoint is not None:
+        if self.checkpoint is not None:
             before = state.restore(
-                self._checkpoint, self.parallel.load_optimizer, self.scheduler, self.processes.rank
+                self.checkpoint, self.parallel.load_optimizer, self.scheduler, self.processes.rank
             )
             self._check_records(before)
             self.position = before
@@ -269,7 +296,7 @@ class Trainer:
 
     def _train(self) -> Result:
         recipe = self.recipe
-        saved = self._checkpoint
+        saved = self.checkpoint
         with ExitStack() as logs, stop_signal() as stop:
             log: RunLog | None = None
 
@@ -370,6 +397,7 @@ class Trainer:
         evaluator = evaluation.Evaluator(
             self.model,
             self.processor,
+            self.objective,
             self.survey.records,
             self.held_out,
             self.recipe.evaluation,
@@ -440,7 +468,7 @@ class Trainer:
         failures = [batch for batch in answers if isinstance(batch, DeadpanError)]
         share = [batch for batch in answers if not isinstance(batch, DeadpanError)]
         supervised, tokens, pictured, failed = self.processes.sum(
-            sum(batch.supervised for batch in share),
+            sum(self.objective.weight(batch) for batch in share),
             sum(batch.tokens for batch in share),
             sum(batch.pictured for batch in share),
             len(failures),
@@ -448,6 +476,8 @@ class Trainer:
         if failed:
             self.processes.share(failures[0] if failures else None)
         mean = self._gradients(share, supervised)
+        own = self.objective.figures()
+        figures = self.processes.gather(own) if own else []
         if not pictured:
             # Blank pictures left zeros, by which an optimizer would move the projector all the same.
             for parameter in lora.projector_parameters(self.model):
@@ -465,6 +495,7 @@ class Trainer:
             "step": step,
             "epoch": round(step / self.plan.steps_per_epoch, 4),
             "loss": mean,
+            **self.objective.metrics(figures),
             **rates,
             "grad_norm": norm,
         }
@@ -493,7 +524,7 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for number, batch in enumerate(share, start=1):
             with kernels():
-                loss = self.loss(batch)
+                loss = self.objective.loss(batch)
                 # Under the same kernels, since checkpointed layers run again here.
                 self.parallel.backward(loss / supervised, last=number == len(share))
             total += loss.detach()
@@ -503,16 +534,15 @@ class Trainer:
         self, step: int, share: Sequence[Batch], loss: float, norm: float
     ) -> DeadpanError:
         by_name = {record.name: record for record in self.survey.records}
-        names = [name for batch in share for name in batch.names]
+        names = [name for batch in share for name in dict.fromkeys(batch.names)]
         if self.parallel.shares_weights:
             # All go through all of them in step.
             names = [name for of_rank in self.processes.gather(names) for name in of_rank]
         own = nonfinite.one_by_one(
             self.model,
+            self.objective,
             self.processor,
             [by_name[name] for name in names],
-            self.device,
-            self.dtype,
             self.parallel.gradient_norm,
         )
         readings = own
@@ -553,6 +583,7 @@ def _open_model(recipe: Recipe) -> tuple[Path, Processor]:
         raise DeadpanError(
             "Training starts from a whole model, and this is an adapter.",
             where=folder,
-            fix="export it with --layout hf and train on that, or resume its run with --resume",
+            fix="set model to its base and adapter to this folder, export it with --layout hf and "
+            "train on that, or resume its run with --resume",
         )
     return folder, load_processor(folder, recipe.max_tiles, recipe.max_length)

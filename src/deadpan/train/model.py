@@ -1,4 +1,4 @@
-"""The model that a recipe trains: the base, quantised or not, with a fresh adapter."""
+"""The model that a recipe trains: the base, quantised or not, with an adapter."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +21,7 @@ from deadpan.models.fused_loss import FusedLoss
 from deadpan.processing.collate import Batch
 from deadpan.processing.processor import Processor
 from deadpan.train.features import FeatureCache, default_folder
+from deadpan.train.start import adapter_folder
 
 
 def build(
@@ -31,7 +32,7 @@ def build(
     dtype: torch.dtype,
     progress: Progress | None,
 ) -> PeftModel:
-    """Load the base and put a fresh adapter on it.
+    """Load the base and put an adapter on it, a fresh one or the one that the recipe starts from.
 
     Args:
         recipe: What to train.
@@ -61,6 +62,8 @@ def build(
     model = lora.attach(
         plain, base, train_projector=recipe.train_projector, **recipe.lora.model_dump()
     )
+    if (start := adapter_folder(recipe)) is not None:
+        lora.load_state(model, start)
     return model.train()
 
 
@@ -155,6 +158,8 @@ def _is_fused(recipe: Recipe, model: PeftModel, device: torch.device) -> bool:
         # Its weights are stacked, and neither can put those in parts.
         return False
     wanted = recipe.decoder == "fused" or fp8
+    if recipe.objective == "dpo":
+        return False  # it wants each answer's loss by itself
     if recipe.decoder == "transformers" or (device.type == "cpu" and not wanted):
         return False
     if not wanted and recipe.attention in ("eager", "sdpa"):

@@ -16,11 +16,11 @@ from peft import PeftModel
 
 from deadpan.data.records import Record
 from deadpan.errors import DeadpanError
-from deadpan.models.answer_loss import AnswerLoss
 from deadpan.models.attention import kernels
 from deadpan.processing.collate import collate
 from deadpan.processing.processor import Processor
 from deadpan.train import state
+from deadpan.train.objective import Objective
 
 REPORT = "nonfinite.json"
 
@@ -31,7 +31,7 @@ class Reading:
 
     Attributes:
         record: The record.
-        loss: The mean over its supervised tokens.
+        loss: The mean over its supervised tokens, or a pair's.
         grad_norm: The norm of that loss's gradient.
     """
 
@@ -97,33 +97,26 @@ def _number(value: float) -> float | str:
 
 def one_by_one(
     model: PeftModel,
+    objective: Objective,
     processor: Processor,
     records: Sequence[Record],
-    device: torch.device,
-    dtype: torch.dtype,
     gradient_norm: Callable[[torch.Tensor], float],
 ) -> list[Reading]:
     """Loss and gradient of each record by itself.
 
     Args:
         model: The model, in training mode: its dropout is on, as in the step.
+        objective: What it is trained for.
         processor: Makes its inputs.
         records: The step's records.
-        device: Where the model is.
-        dtype: What training computes in.
         gradient_norm: Takes a loss back to the weights.
     """
-    loss_of = AnswerLoss(model)
     model.zero_grad(set_to_none=True)
     readings = []
     for record in records:
-        batch = collate([processor.record(record)], processor.pad_id).to(device)
+        batch = collate(processor.samples(record), processor.pad_id)
         with kernels():
-            with torch.autocast(device.type, dtype, enabled=dtype is torch.bfloat16):
-                loss = loss_of(
-                    batch.input_ids, batch.labels, batch.position_ids, batch.pixel_values
-                )
-            mean = loss / batch.supervised
+            mean = objective.loss(batch) / objective.weight(batch)
             readings.append(Reading(record, mean.item(), gradient_norm(mean)))
     return readings
 

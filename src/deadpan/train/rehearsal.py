@@ -73,6 +73,7 @@ def _taken_back(trainer: "Trainer") -> Iterator[None]:
         trainer.scheduler.load_state_dict(scheduler)
         state.set_random_state(random)
         trainer.position = position
+        trainer.objective.figures()  # what a step that ran out of memory had begun to add up
         Meter(trainer.device).reset()
 
 

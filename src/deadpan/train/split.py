@@ -1,14 +1,27 @@
 """Which records are trained on, and which are held out to measure with."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from deadpan.checkpoints.source import resolve
 from deadpan.config.schema import Recipe
+from deadpan.data import preferences
 from deadpan.data.records import Record
 from deadpan.data.records import load as load_records
 from deadpan.data.split import hold_out, refuse_shared
 from deadpan.processing.processor import Processor, load_processor
 from deadpan.train.survey import Survey, survey
+
+
+def read(recipe: Recipe, path: Path) -> list[Record]:
+    """The records of a file, or for `objective: dpo` its preference pairs.
+
+    Raises:
+        DeadpanError: If they are not in order.
+    """
+    if recipe.objective == "dpo":
+        return preferences.load(path, recipe.data.images)
+    return load_records(path, recipe.data.images)
 
 
 def split(
@@ -38,7 +51,7 @@ def split(
     if isinstance(validation, float):
         parts = hold_out(surveyed.records, validation, recipe.seed)
         return surveyed.only(parts.training), [surveyed.records[i] for i in parts.held_out]
-    records = load_records(validation, recipe.data.images)
+    records = read(recipe, validation)
     held_out = survey(records, processor, recipe.data.overlong, progress).records
     refuse_shared(surveyed.records, held_out)
     return surveyed, held_out
@@ -50,7 +63,7 @@ def trained_on(recipe: Recipe) -> list[Record]:
     Raises:
         DeadpanError: If they are no longer there, or not in order.
     """
-    records = load_records(recipe.data.train, recipe.data.images)
+    records = read(recipe, recipe.data.train)
     if not isinstance(recipe.data.validation, float):
         return records
     processor = load_processor(resolve(recipe.model), recipe.max_tiles, recipe.max_length)

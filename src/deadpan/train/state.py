@@ -89,6 +89,8 @@ def digest(records: Sequence[Record]) -> str:
     told = hashlib.sha256()
     for record in records:
         told.update(repr((record.images, record.turns)).encode(errors="surrogatepass"))
+        if record.rejected is not None:
+            told.update(repr(record.rejected).encode(errors="surrogatepass"))
     return told.hexdigest()
 
 

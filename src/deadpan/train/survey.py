@@ -57,11 +57,11 @@ def survey(
         DeadpanError: If pictures are broken, or records are too long and not to be skipped.
     """
 
-    def look(record: Record) -> Size | DeadpanError:
+    def look(record: Record) -> list[Size] | DeadpanError:
         try:
             for path in record.image_paths:
                 open_picture(path)
-            return processor.size(record)
+            return [processor.size(side) for side in record.sides]
         except DeadpanError as error:
             return error
 
@@ -74,10 +74,10 @@ def survey(
         ):
             if isinstance(found, DeadpanError):
                 broken.append((record, found))
-            elif found.tokens > processor.max_length:
-                skipped.append((record, found.tokens))
+            elif (longest := max(size.tokens for size in found)) > processor.max_length:
+                skipped.append((record, longest))
             else:
-                kept.append((record, found))
+                kept.append((record, sum(found[1:], start=found[0])))
             if progress is not None:
                 progress(done, len(records))
     if broken:
@@ -86,7 +86,9 @@ def survey(
             found=_first(
                 [f"{record.name}: {error.what} ({error.where})" for record, error in broken]
             ),
-            fix=f"run: {_check_command(records[0])}",
+            fix="mend their pictures, or take them out"
+            if records[0].rejected is not None
+            else f"run: {_check_command(records[0])}",
         )
     if skipped and (overlong == "error" or not kept):
         raise DeadpanError(

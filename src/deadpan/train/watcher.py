@@ -31,6 +31,9 @@ class Watcher:
     def surveying(self, done: int, total: int) -> None:
         """Records are being looked at."""
 
+    def referring(self, done: int, total: int) -> None:
+        """The reference is being asked about preference pairs."""
+
     def starting(self, plan: Plan, done: int, survey: Survey, held_out: int) -> None:
         """The first step is about to begin, `done` steps having been done before."""
 
@@ -90,6 +93,9 @@ class ProgressWatcher(Watcher):
     def surveying(self, done: int, total: int) -> None:
         self._advance("checking records", done, total)
 
+    def referring(self, done: int, total: int) -> None:
+        self._advance("asking the reference", done, total)
+
     def measuring(self, what: str) -> None:
         if "measuring" not in self._tasks:
             self._tasks["measuring"] = self._progress.add_task("measuring", total=None, note="")
@@ -137,6 +143,8 @@ class ProgressWatcher(Watcher):
             f"held-out loss {metrics['eval_loss']:.4f}" + " (best so far)" * metrics["best"],
             f"of training records {metrics['train_loss']:.4f}",
         ]
+        if "eval_preferred" in metrics:
+            parts.append(f"prefers the liked answer of {metrics['eval_preferred']:.0%} of pairs")
         if "memorisation" in metrics:
             parts.append(f"{metrics['memorisation']:.0%} told by heart")
         self._say(f"step {metrics['step']}: " + ", ".join(parts))
