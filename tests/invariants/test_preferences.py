@@ -17,7 +17,7 @@ from deadpan.data import preferences
 from deadpan.data.records import Record
 from deadpan.engines.builtin import BuiltinEngine
 from deadpan.errors import DeadpanError
-from deadpan.models.answer_loss import AnswerLoss, answer_log_probabilities
+from deadpan.models.answer_loss import AnswerLoss, plain_model
 from deadpan.processing.collate import collate
 from deadpan.teller import request
 from deadpan.train import references
@@ -106,12 +106,11 @@ def test_the_kept_reference_is_the_base_alone_and_stays_it(
         [s for pair in read(recipe) for s in trainer.processor.samples(pair)],
         trainer.processor.pad_id,
     )
-    inputs = (batch.input_ids, batch.labels, batch.position_ids, batch.pixel_values)
     trainer.model.eval()
     with torch.no_grad():
-        moved = answer_log_probabilities(trainer.model, *inputs).view(-1, 2)
+        moved = trainer.loss.log_probabilities(batch).view(-1, 2)
         with trainer.model.disable_adapter():
-            off = answer_log_probabilities(trainer.model, *inputs).view(-1, 2)
+            off = trainer.loss.log_probabilities(batch).view(-1, 2)
     assert torch.allclose(off, found, atol=1e-4)
     assert (moved - found).abs().max() > 0.1
 
@@ -139,10 +138,12 @@ def test_without_dropout_the_first_step_starts_at_log_two(make: MakeRecipe, tmp_
 
 
 @pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("decoder", ["transformers", "fused"])
 def test_two_answers_at_once_have_the_gradients_of_one_at_a_time(
-    make: MakeRecipe, tmp_path: Path, packing: bool
+    make: MakeRecipe, tmp_path: Path, decoder: str, packing: bool
 ) -> None:
-    recipe = make(tmp_path / "run", **SETTINGS, packing=packing)
+    changes = {"decoder": decoder, "packing": packing, "feature_cache": None}
+    recipe = make(tmp_path / "run", **SETTINGS, **changes)
     trainer = Trainer(recipe, False, Watcher())
     trainer.model.eval()
     # A fresh adapter is zero, and so is half of its gradient.
@@ -176,6 +177,26 @@ def test_two_answers_at_once_have_the_gradients_of_one_at_a_time(
     assert len(at_once) == len(one_by_one) == len(trainer.trainable)
     for one, other in zip(at_once, one_by_one, strict=True):
         assert (one - other).norm() <= 1e-4 * other.norm()
+
+
+def test_the_reference_fills_the_cache_and_the_vision_tower_rests_from_then_on(
+    make: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {**SETTINGS, "decoder": "fused", "packing": True}
+    live = make(tmp_path / "live", feature_cache=None, **changes)
+    train(live)
+    cached = make(tmp_path / "cached", feature_cache=tmp_path / "features", **changes)
+    trainer = Trainer(cached, False, Watcher())
+    assert len(list((tmp_path / "features").rglob("*.safetensors"))) == len(read(cached))
+    monkeypatch.delattr(type(plain_model(trainer.model).model.vision_tower), "forward")
+    trainer.train()
+    references = [References.load(tmp_path / name) for name in ("live", "cached")]
+    for pair in read(cached):
+        assert references[1][pair] == pytest.approx(references[0][pair], abs=1e-4)
+    found = [[loss for _, loss, *_ in course(tmp_path / name)] for name in ("live", "cached")]
+    assert found[1] == pytest.approx(found[0], abs=1e-4)
+    assert found[1][0] == pytest.approx(0.693147, abs=0.05)
+    assert found[1][-1] < 0.6
 
 
 @pytest.fixture(scope="module")
@@ -245,16 +266,13 @@ def test_two_processes_are_one_with_twice_the_accumulation(
     train(one)
     two = make(tmp_path / "two", **settings, adapter=str(tuned))
     (tmp_path / "two.yaml").write_text(dump_recipe(two), encoding="utf-8")
-    launcher = [*(sys.executable, "-m", "torch.distributed.run", "--standalone"), "--no-python"]
-    command = [*launcher, "--nproc-per-node", "2", str(DEADPAN), "train", tmp_path / "two.yaml"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
+    command = [*launcher, "--nproc-per-node", "2", DEADPAN, "train", str(tmp_path / "two.yaml")]
     made = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     keys = ("loss", "reward_margin", "preferred", "logps_chosen", "logps_rejected")
-    courses = [
-        torch.tensor([[line[key] for key in keys] for line in logged(tmp_path / name)])
-        for name in ("one", "two")
-    ]
-    assert torch.allclose(*courses, atol=2e-3)
+    for expected, found in zip(logged(tmp_path / "one"), logged(tmp_path / "two"), strict=True):
+        assert [found[key] for key in keys] == pytest.approx([expected[key] for key in keys], 1e-6)
     references = [json.loads((tmp_path / name / FILE).read_text()) for name in ("one", "two")]
     assert references[0].keys() == references[1].keys()
 

@@ -416,11 +416,8 @@ class Recipe(_Section):
     def _multiplies_in_fp8(cls, decoder: str, info: ValidationInfo) -> str:
         if decoder == "transformers" and info.data.get("quantization") == "fp8":
             raise contradiction("auto or fused with quantization: fp8")
-        if info.data.get("objective") == "dpo":
-            if decoder == "fused":
-                raise contradiction("auto or transformers with objective: dpo")
-            if info.data.get("quantization") == "fp8":
-                raise contradiction("none or nf4 with objective: dpo", "quantization")
+        if info.data.get("objective") == "dpo" and info.data.get("quantization") == "fp8":
+            raise contradiction("none or nf4 with objective: dpo", "quantization")
         if decoder == "fused" and info.data.get("attention") in ("eager", "sdpa"):
             raise contradiction("auto or transformers with attention: eager or sdpa")
         return decoder

@@ -5,7 +5,7 @@ picked out first, and only those rows meet the output head: logits of shape (sup
 (row, token, vocabulary), with the same loss and the same gradients.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -16,9 +16,12 @@ from transformers import InternVLForConditionalGeneration
 from deadpan.models.attention import VARLEN
 from deadpan.processing.encoding import IGNORE_INDEX
 
+Reduction = Literal["sum", "none"]
+"""Whether losses are summed, or given token by token."""
+
 
 class AnswerLoss(nn.Module):
-    """A model whose forward pass returns the summed cross-entropy of the supervised tokens.
+    """A model whose forward pass returns the cross-entropy of the supervised tokens.
 
     Args:
         model: InternVL, plain or wrapped by PEFT.
@@ -34,85 +37,39 @@ class AnswerLoss(nn.Module):
         labels: torch.Tensor,
         position_ids: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
+        reduction: Reduction = "sum",
     ) -> torch.Tensor:
-        """Sum the loss of a micro-batch.
+        """The loss of a micro-batch.
 
         Args:
             input_ids: int64 of shape (row, token), padded on the right.
             labels: int64 of shape (row, token), `IGNORE_INDEX` where not supervised.
             position_ids: int64 of shape (row, token); where they start again, another sample starts.
             pixel_values: float of shape (tile, 3, tile_size, tile_size), or None.
+            reduction: Whether to sum.
 
         Returns:
-            float32 scalar: the sum over supervised tokens of -log p(token | what precedes it).
+            float32: -log p(token | what precedes it) of the supervised tokens, of shape (supervised,), or
+            their sum, a scalar.
         """
-        logits, targets, _ = supervised_logits(
-            plain_model(self.model), input_ids, labels, position_ids, pixel_values
-        )
-        return functional.cross_entropy(logits, targets, reduction="sum")
-
-
-def answer_log_probabilities(
-    model: nn.Module,
-    input_ids: torch.Tensor,
-    labels: torch.Tensor,
-    position_ids: torch.Tensor,
-    pixel_values: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """What `AnswerLoss` sums, sample by sample, and not negated.
-
-    Args:
-        model: InternVL, plain or wrapped by PEFT.
-        input_ids: As for `AnswerLoss`; so are the others. Rows are padded, or one row is packed.
-        labels: See there.
-        position_ids: See there.
-        pixel_values: See there.
-
-    Returns:
-        float32 of shape (sample,): the sum over a sample's supervised tokens of
-        log p(token | what precedes it), in nats.
-    """
-    logits, targets, supervised = supervised_logits(
-        plain_model(model), input_ids, labels, position_ids, pixel_values
-    )
-    starts = position_ids == 0
-    samples = (starts.flatten().cumsum(0) - 1).view_as(position_ids)  # (row, token): whose it is
-    counts = samples[:, 1:][supervised].bincount(minlength=int(starts.sum()))
-    losses = functional.cross_entropy(logits, targets, reduction="none")
-    # Tokens stand in the order of samples; adding by index would add in any order on a GPU.
-    return -torch.stack([part.sum() for part in losses.split(counts.tolist())])
-
-
-def supervised_logits(
-    plain: InternVLForConditionalGeneration,
-    input_ids: torch.Tensor,
-    labels: torch.Tensor,
-    position_ids: torch.Tensor,
-    pixel_values: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The logits where something is predicted.
-
-    Returns:
-        Logits, float32 of shape (supervised, vocabulary); their targets, int64 of shape (supervised,);
-        and where among (row, token - 1) they are, bool.
-    """
-    packed: dict[str, Any] = {}
-    if plain.config._attn_implementation == VARLEN and len(input_ids) == 1:
-        starts = (position_ids[0] == 0).nonzero().flatten().to(torch.int32)
-        ends = starts.new_tensor([input_ids.shape[1]])
-        packed["cu_seq_lens_q"] = torch.cat([starts, ends])
-        packed["max_length_q"] = int(position_ids.max()) + 1
-    hidden = plain.model(
-        input_ids=input_ids,
-        pixel_values=pixel_values,
-        position_ids=position_ids,
-        use_cache=False,
-        **packed,
-    ).last_hidden_state  # (row, token, hidden)
-    targets = labels[:, 1:]
-    supervised = targets != IGNORE_INDEX
-    logits = plain.lm_head(hidden[:, :-1][supervised])  # (supervised, vocabulary)
-    return logits.float(), targets[supervised], supervised
+        plain = plain_model(self.model)
+        packed: dict[str, Any] = {}
+        if plain.config._attn_implementation == VARLEN and len(input_ids) == 1:
+            starts = (position_ids[0] == 0).nonzero().flatten().to(torch.int32)
+            ends = starts.new_tensor([input_ids.shape[1]])
+            packed["cu_seq_lens_q"] = torch.cat([starts, ends])
+            packed["max_length_q"] = int(position_ids.max()) + 1
+        hidden = plain.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            position_ids=position_ids,
+            use_cache=False,
+            **packed,
+        ).last_hidden_state  # (row, token, hidden)
+        targets = labels[:, 1:]
+        supervised = targets != IGNORE_INDEX
+        logits = plain.lm_head(hidden[:, :-1][supervised])  # (supervised, vocabulary)
+        return functional.cross_entropy(logits.float(), targets[supervised], reduction=reduction)
 
 
 def plain_model(model: nn.Module) -> InternVLForConditionalGeneration:

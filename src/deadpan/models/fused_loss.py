@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 from transformers import InternVLForConditionalGeneration
 
-from deadpan.models.answer_loss import plain_model
+from deadpan.models.answer_loss import Reduction, plain_model
 from deadpan.models.fused import FusedDecoder
 from deadpan.models.segments import Segments
 from deadpan.processing.collate import Batch
@@ -43,7 +43,7 @@ Keep = Callable[[torch.Tensor], None]
 
 
 class FusedLoss:
-    """Sums the cross-entropy of a batch's supervised tokens.
+    """The cross-entropy of a batch's supervised tokens.
 
     Args:
         model: InternVL with PEFT's adapters on its language model, vision tower frozen.
@@ -67,15 +67,19 @@ class FusedLoss:
         self._decoder = FusedDecoder(self._model, dtype, fp8, dropout)
         self.checkpoint = False
 
-    def __call__(self, batch: Batch, keep: Keep | None = None) -> torch.Tensor:
-        """Sum the loss of a micro-batch.
+    def __call__(
+        self, batch: Batch, keep: Keep | None = None, reduction: Reduction = "sum"
+    ) -> torch.Tensor:
+        """The loss of a micro-batch.
 
         Args:
             batch: On the CPU; padded or packed.
             keep: Is given what the vision tower saw, if that was not known.
+            reduction: Whether to sum.
 
         Returns:
-            float32 scalar: the sum over supervised tokens of -log p(token | what precedes it).
+            float32: -log p(token | what precedes it) of the supervised tokens, of shape (supervised,), or
+            their sum, a scalar.
         """
         model = self._model
         device = model.lm_head.weight.device
@@ -108,4 +112,4 @@ class FusedLoss:
         if len(wanted) < len(places):
             logits = logits[moved(places)]
         targets = moved(labels[supervised])
-        return functional.cross_entropy(logits.float(), targets, reduction="sum")
+        return functional.cross_entropy(logits.float(), targets, reduction=reduction)

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from deadpan.processing.collate import Batch
+from deadpan.processing.encoding import IGNORE_INDEX
+
 
 @dataclass(frozen=True)
 class PairLosses:
@@ -27,6 +30,25 @@ class PairLosses:
     chosen: torch.Tensor
     rejected: torch.Tensor
     margins: torch.Tensor
+
+
+def log_probabilities(losses: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Put the losses of tokens together, sample by sample.
+
+    Args:
+        losses: -log p of each supervised token, of shape (supervised,).
+        batch: Whose they are; on the CPU, so that nothing waits for the GPU to tell.
+
+    Returns:
+        Of shape (sample,): the sum over a sample's supervised tokens of
+        log p(token | what precedes it), in nats.
+    """
+    starts = batch.position_ids == 0  # of rows that are padded, or of samples in one that is packed
+    samples = (starts.flatten().cumsum(0) - 1).view_as(starts)  # (row, token): whose it is
+    owners = samples[batch.labels != IGNORE_INDEX]
+    counts = owners.bincount(minlength=int(starts.sum()))
+    # Tokens stand in the order of samples; adding by index would add in any order on a GPU.
+    return -torch.stack([part.sum() for part in losses.split(counts.tolist())])
 
 
 def dpo_losses(

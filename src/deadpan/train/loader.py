@@ -60,26 +60,36 @@ class MicroBatches(Dataset[tuple[MicroBatch, Batch | DeadpanError]]):
         Raises:
             DeadpanError: If a picture has become unreadable since the survey.
         """
-        processor, records = self._processor, [self._records[i] for i in micro_batch.indices]
+        return self.of([self._records[i] for i in micro_batch.indices])
+
+    def of(self, records: Sequence[Record]) -> Batch:
+        """The tensors of any records; a preference pair's two conversations are neighbours.
+
+        Raises:
+            DeadpanError: If a picture has become unreadable since the survey.
+        """
+        processor = self._processor
         if self._blank is not None:
             return self._pictured([processor.record(record) for record in records], self._blank)
         if self._cache is None:
-            samples = [sample for record in records for sample in processor.samples(record)]
-            return collate(samples, processor.pad_id, self._packing)
-        files = [self._cache.paths(record) for record in records]
+            return self._live(records)
+        sides = [side for record in records for side in record.sides]
+        files = [self._cache.paths(side) for side in sides]
         known = [self._cache.read(paths) for paths in files]
         if any(features is None for features in known):
-            samples = [processor.record(record) for record in records]
-            batch = collate(samples, processor.pad_id, self._packing)
-            return replace(batch, feature_files=self._files(records, files))
+            return replace(self._live(records), feature_files=self._files(sides, files))
         samples = [
-            processor.text(record, [len(picture) for picture in features or ()])
-            for record, features in zip(records, known, strict=True)
+            processor.text(side, [len(picture) for picture in features or ()])
+            for side, features in zip(sides, known, strict=True)
         ]
         pictures = [picture for features in known for picture in features or ()]
         batch = collate(samples, processor.pad_id, self._packing)
         features = torch.cat(pictures) if pictures else None
         return replace(batch, features=features, pictured=bool(pictures))
+
+    def _live(self, records: Sequence[Record]) -> Batch:
+        samples = [sample for record in records for sample in self._processor.samples(record)]
+        return collate(samples, self._processor.pad_id, self._packing)
 
     def _pictured(self, samples: list[Sample], blank: Sample) -> Batch:
         if any(sample.pixel_values is not None for sample in samples):

@@ -143,11 +143,15 @@ class Trainer:
         self.processes.together(lambda: self._build_model(folder))
         found = None
         if recipe.objective == "dpo":
+            self.processes.together(self._build_loss)
             # Before a checkpoint's weights take the place of those that the run starts from.
             found = references.of_run(self, asked=not dry_run)
         self.processes.together(self._restore_weights)
         self.processes.check_equal(self._trained())
         self.processes.together(self._build_optimizer)
+        if found is None:
+            # Not before the weights are in parts, if they are to be; with pairs they are not.
+            self.processes.together(self._build_loss)
         self.processes.together(self._restore)
         self.objective = self._objective(found)
 
@@ -196,6 +200,8 @@ class Trainer:
         self.optimizer = optimizers.build(self.trainable, recipe.optimizer, warms_up=warmup > 0)
         self.scheduler = schedule(self.optimizer, recipe.schedule, self.plan.steps, algorithm)
         self.parallel.share_optimizer(self.optimizer, self.trainable)
+
+    def _build_loss(self) -> None:
         # Prepared without its optimizer and without DistributedDataParallel: gradients are scaled,
         # accumulated and summed here.
         self.loss = TrainingLoss(
@@ -207,12 +213,13 @@ class Trainer:
             lambda module: self.accelerator.prepare_model(module, evaluation_mode=True),
         )
         self.cache = self._roomy(self.loss.cache)
+        records, packing = self.survey.records, self.recipe.packing
+        self.prepare = MicroBatches(records, self.processor, packing, self.cache)
 
     def _objective(self, found: References | None) -> Objective:
         if found is None:
             return Answers(self.model, self.processor, self.loss)
-        training, settings = self.survey.records, self.recipe.dpo
-        return Preferences(self.model, self.processor, settings, training, found, self.dtype)
+        return Preferences(self.loss, self.prepare, self.recipe.dpo, self.survey.records, found)
 
     def _restore(self) -> None:
         self.position = state.Position(
@@ -270,9 +277,7 @@ class Trainer:
 
     def rehearse(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Do an optimizer step on micro-batches of any choice, which is neither logged nor saved."""
-        records, packing = self.survey.records, self.recipe.packing
-        prepare = MicroBatches(records, self.processor, packing, self.cache)
-        self._step(1, [prepare.batch(micro_batch) for micro_batch in micro_batches])
+        self._step(1, [self.prepare.batch(micro_batch) for micro_batch in micro_batches])
 
     def steps(self) -> Generator[dict[str, Any], None, None]:
         """Do the run's steps, yielding each one's metrics."""

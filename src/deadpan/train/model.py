@@ -13,11 +13,12 @@ from deadpan.checkpoints.source import detect
 from deadpan.config.schema import Recipe
 from deadpan.errors import DeadpanError
 from deadpan.models import lora
-from deadpan.models.answer_loss import AnswerLoss, plain_model
+from deadpan.models.answer_loss import AnswerLoss, Reduction, plain_model
 from deadpan.models.build import checkpoint_layers
 from deadpan.models.frozen import has_fp8
 from deadpan.models.fused import unsupported
 from deadpan.models.fused_loss import FusedLoss
+from deadpan.models.preference_loss import log_probabilities
 from deadpan.processing.collate import Batch
 from deadpan.processing.processor import Processor
 from deadpan.train.features import FeatureCache, default_folder
@@ -68,7 +69,7 @@ def build(
 
 
 class TrainingLoss:
-    """Sums the loss of micro-batches of a run, through the decoder that the recipe asks for.
+    """The loss of micro-batches of a run, through the decoder that the recipe asks for.
 
     Args:
         recipe: The run's recipe.
@@ -115,14 +116,18 @@ class TrainingLoss:
         else:
             checkpoint_layers(plain_model(self._model).model.language_model)
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        """The sum over a micro-batch's supervised tokens of their losses, float32 scalar.
+    def __call__(self, batch: Batch, reduction: Reduction = "sum") -> torch.Tensor:
+        """The losses of a micro-batch's supervised tokens, or their sum, a scalar; float32.
 
         Args:
             batch: On the CPU.
+            reduction: Whether to sum.
         """
         if self.fused is not None:
-            return self.fused(batch, self._keep(batch) if batch.feature_files else None)
+            keep = self._keep(batch) if batch.feature_files else None
+            # It knows its types by itself; an evaluation has autocast on.
+            with torch.autocast(self._device.type, enabled=False):
+                return self.fused(batch, keep, reduction)
         on_device = batch.to(self._device)
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is torch.bfloat16):
             return self._plain(
@@ -130,7 +135,16 @@ class TrainingLoss:
                 on_device.labels,
                 on_device.position_ids,
                 on_device.pixel_values,
+                reduction,
             )
+
+    def log_probabilities(self, batch: Batch) -> torch.Tensor:
+        """The log-probability of each sample's supervised tokens, in nats: float32 of shape (sample,).
+
+        Args:
+            batch: On the CPU.
+        """
+        return log_probabilities(self(batch, "none"), batch)
 
     def _keep(self, batch: Batch) -> Callable[[torch.Tensor], None]:
         paths = [path for path, _ in batch.feature_files]
@@ -158,8 +172,6 @@ def _is_fused(recipe: Recipe, model: PeftModel, device: torch.device) -> bool:
         # Its weights are stacked, and neither can put those in parts.
         return False
     wanted = recipe.decoder == "fused" or fp8
-    if recipe.objective == "dpo":
-        return False  # it wants each answer's loss by itself
     if recipe.decoder == "transformers" or (device.type == "cpu" and not wanted):
         return False
     if not wanted and recipe.attention in ("eager", "sdpa"):

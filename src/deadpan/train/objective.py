@@ -12,10 +12,11 @@ from torch import nn
 from deadpan.config import schema
 from deadpan.data.records import Record
 from deadpan.evaluate.likelihood import answer_loss
-from deadpan.models.answer_loss import answer_log_probabilities, plain_model
 from deadpan.models.preference_loss import PairLosses, dpo_losses
 from deadpan.processing.collate import Batch
 from deadpan.processing.processor import Processor
+from deadpan.train.loader import MicroBatches
+from deadpan.train.model import TrainingLoss
 from deadpan.train.references import References, pairs_in_batches
 
 Progress = Callable[[int, int], None]
@@ -82,26 +83,23 @@ class Preferences:
     The two answers of a pair go through the model in one forward pass, as neighbours.
 
     Args:
-        model: What is trained.
-        processor: Makes its inputs.
+        loss: Computes micro-batches of both.
+        prepare: Makes them.
         settings: The recipe's section.
         training: The pairs trained on, each with a name of its own.
         references: Of these, and of whatever is measured.
-        dtype: What training computes in.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        processor: Processor,
+        loss: TrainingLoss,
+        prepare: MicroBatches,
         settings: schema.Dpo,
         training: Sequence[Record],
         references: References,
-        dtype: torch.dtype,
     ) -> None:
-        self._model, self._processor, self._settings = model, processor, settings
-        self._references, self._dtype = references, dtype
-        self._device = plain_model(model).lm_head.weight.device
+        self._loss, self._prepare, self._settings = loss, prepare, settings
+        self._references = references
         self._by_name = {record.name: record for record in training}
         self._sums: torch.Tensor | None = None
 
@@ -109,18 +107,13 @@ class Preferences:
         return len(batch.names) // 2
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        pairs = [self._by_name[name] for name in batch.names[::2]]
-        half = self._dtype is torch.bfloat16
-        with torch.autocast(self._device.type, self._dtype, enabled=half):
-            found = self._losses(batch.to(self._device), pairs)
+        found = self._losses(batch, [self._by_name[name] for name in batch.names[::2]])
         sums = _sums(found)
         self._sums = sums if self._sums is None else self._sums + sums
         return found.losses.sum()
 
     def _losses(self, batch: Batch, pairs: Sequence[Record]) -> PairLosses:
-        now = answer_log_probabilities(
-            self._model, batch.input_ids, batch.labels, batch.position_ids, batch.pixel_values
-        ).view(-1, 2)
+        now = self._loss.log_probabilities(batch).view(-1, 2)
         reference = now.new_tensor([self._references[pair] for pair in pairs])
         settings = self._settings
         return dpo_losses(now, reference, settings.beta, settings.label_smoothing)
@@ -133,12 +126,12 @@ class Preferences:
         *sums, pairs = [sum(values) for values in zip(*figures, strict=True)]
         return {name: value / pairs for name, value in zip(_FIGURES, sums, strict=True)}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def measure(
         self, records: Sequence[Record], batch: int, progress: Progress
     ) -> tuple[float, dict[str, float]]:
         losses, figures = 0.0, []
-        for pairs, rows in pairs_in_batches(self._model, self._processor, records, batch, progress):
+        for pairs, rows in pairs_in_batches(self._prepare, records, batch, progress):
             found = self._losses(rows, pairs)
             losses += found.losses.sum().item()
             figures.append(_sums(found).tolist())

@@ -8,17 +8,18 @@ before its first step, and no second model is held in memory (docs/adr/0018).
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from deadpan.data.records import Record
 from deadpan.errors import DeadpanError
-from deadpan.models.answer_loss import answer_log_probabilities, plain_model
 from deadpan.models.attention import kernels
-from deadpan.processing.collate import Batch, collate
-from deadpan.processing.processor import Processor
+from deadpan.processing.collate import Batch
 from deadpan.train import memory, state
+from deadpan.train.loader import MicroBatches
+from deadpan.train.model import TrainingLoss
 from deadpan.train.run_folder import writing
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def of_run(trainer: "Trainer", asked: bool) -> References:
         tiles = trainer.processor.tile_policy.max_tiles
         with memory.explained(trainer.recipe, trainer.run, tiles):
             return compute(
-                *(trainer.model, trainer.processor, share, batch, trainer.dtype),
+                *(trainer.model, trainer.loss, trainer.prepare, share, batch),
                 trainer.watcher.referring,
             )
 
@@ -122,38 +123,34 @@ def of_run(trainer: "Trainer", asked: bool) -> References:
 
 
 def compute(
-    model: Any,
-    processor: Processor,
+    model: nn.Module,
+    loss: TrainingLoss,
+    prepare: MicroBatches,
     pairs: Sequence[Record],
     batch: int,
-    dtype: torch.dtype,
     progress: Progress,
 ) -> dict[str, tuple[float, float]]:
     """Ask a model for its log-probabilities, with dropout off; it is in training mode afterwards.
 
+    It is asked by way of the decoder that trains it, so that both round alike.
+
     Args:
         model: The model as training starts from it.
-        processor: Makes its inputs.
+        loss: Computes its micro-batches.
+        prepare: Makes them.
         pairs: The pairs.
         batch: Pairs of a forward pass.
-        dtype: What training computes in.
         progress: Called with the number of pairs done and their total.
 
     Returns:
         By each pair's digest, those of its chosen and of its rejected answer.
     """
-    device = plain_model(model).lm_head.weight.device
     found = {}
     model.eval()
     try:
-        with (
-            torch.inference_mode(),
-            torch.autocast(device.type, dtype, enabled=dtype is torch.bfloat16),
-        ):
-            for part, rows in pairs_in_batches(model, processor, pairs, batch, progress):
-                both = answer_log_probabilities(
-                    model, rows.input_ids, rows.labels, rows.position_ids, rows.pixel_values
-                ).view(-1, 2)
+        with torch.no_grad():
+            for part, rows in pairs_in_batches(prepare, pairs, batch, progress):
+                both = loss.log_probabilities(rows).view(-1, 2)
                 for pair, (chosen, rejected) in zip(part, both.tolist(), strict=True):
                     found[state.digest([pair])] = (chosen, rejected)
     finally:
@@ -162,16 +159,11 @@ def compute(
 
 
 def pairs_in_batches(
-    model: Any, processor: Processor, pairs: Sequence[Record], batch: int, progress: Progress
+    prepare: MicroBatches, pairs: Sequence[Record], batch: int, progress: Progress
 ) -> Iterator[tuple[Sequence[Record], Batch]]:
-    """Pairs and their rows on the model's device, so many pairs at a time."""
-    plain = plain_model(model)
+    """Pairs and their tensors, on the CPU, so many pairs at a time."""
     for start in range(0, len(pairs), batch):
         part = pairs[start : start + batch]
-        samples = [sample for pair in part for sample in processor.samples(pair)]
-        rows = collate(samples, processor.pad_id).to(plain.lm_head.weight.device)
-        if rows.pixel_values is not None:
-            rows.pixel_values = rows.pixel_values.to(plain.dtype)
         with kernels():
-            yield part, rows
+            yield part, prepare.of(part)
         progress(min(start + batch, len(pairs)), len(pairs))
