@@ -39,7 +39,7 @@ def of_picture(random_: random.Random, image: str, names: list[str]) -> list[Pre
             order = random_.sample(names, len(names))
             called = dict(zip("abc", order, strict=False))
             texts.append(frame.format(**called, line=singles[order[-1]].lines[0]))
-        found[texts[0], texts[1]] = Preference(image, PROMPT, *texts)
+        found[texts[0], texts[1]] = Preference((image,), PROMPT, *texts)
     return list(found.values())
 
 
@@ -59,7 +59,7 @@ def main() -> None:
         for image, names in pictures.items():
             for pair in of_picture(random_, image, names):
                 if random_.random() < noise:
-                    pair = Preference(pair.picture, pair.prompt, pair.rejected, pair.chosen)
+                    pair = Preference(pair.images, pair.prompt, pair.rejected, pair.chosen)
                 pairs.append(pair)
         path = arguments.folder / f"preferences{suffix}.jsonl"
         preferences.write(pairs, path)

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
 from deadpan.cli.main import app
+from deadpan.data import preferences
 from deadpan.data.fingerprint import fingerprint, same, same_pictures
 from deadpan.data.oogiri import Selection, Summary, import_oogiri
 from deadpan.data.records import PROMPT, Record, load
@@ -199,3 +200,47 @@ def test_the_verb_says_what_it_did(source: Path, tmp_path: Path) -> None:
         "31 rows read; 22 records on 7 pictures (1 copies merged), 21 with stars" in result.stdout
     )
     assert "the picture is missing" in result.stdout
+
+
+def test_likes_become_pairs_by_a_verb(source: Path, tmp_path: Path) -> None:
+    made(source, tmp_path / "out", types=("I2T", "T2T"))
+    records, pairs = tmp_path / "out" / "train.jsonl", tmp_path / "out" / "pairs.jsonl"
+    arguments = ["data", "pairs", str(records), str(pairs)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0
+    assert f"wrote {pairs}: " in result.stdout
+    found = preferences.load(pairs)
+    assert (
+        f": {len(found)} pairs on {len({pair.images for pair in found})} pictures" in result.stdout
+    )
+    stars = {(r.image_paths, r.turns[0], r.answers[0]): r.stars for r in load(records)}
+    assert found
+    for pair in found:
+        liked, other = (
+            stars[pair.image_paths, pair.turns[0], side.answers[0]] for side in pair.sides
+        )
+        assert liked is not None
+        assert other is not None
+        assert liked > other
+        assert all(path.is_file() for path in pair.image_paths)
+    # Each picture's three answers have n, n + 1 and n + 2 stars.
+    CliRunner().invoke(app, [*arguments, "--min-gap", "2"])
+    wider = preferences.load(pairs)
+    assert 0 < len(wider) < len(found)
+    again = CliRunner().invoke(app, [*arguments, "--min-gap", "2", "--json"])
+    assert json.loads(again.stdout)["pairs"] == len(wider)
+
+
+def test_records_without_differences_make_no_pairs(source: Path, tmp_path: Path) -> None:
+    made(source, tmp_path / "out")
+    records, pairs = tmp_path / "out" / "train.jsonl", tmp_path / "pairs.jsonl"
+    result = CliRunner().invoke(
+        app, ["data", "pairs", str(records), str(pairs), "--min-gap", "999"]
+    )
+    assert isinstance(result.exception, DeadpanError)
+    assert "by 999 or more" in str(result.exception.expected)
+    assert not pairs.exists()
+    before = records.read_bytes()
+    result = CliRunner().invoke(app, ["data", "pairs", str(records), str(records)])
+    assert isinstance(result.exception, DeadpanError)
+    assert records.read_bytes() == before

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from deadpan.data import preferences
-from deadpan.data.preferences import Preference, Rated, from_stars
-from deadpan.data.records import PROMPT, Turn
+from deadpan.data.preferences import Preference, from_stars
+from deadpan.data.records import PROMPT, Record, Turn
 from deadpan.errors import DeadpanError
 
 PAIR = {"image": "a.png", "prompt": "Why?", "chosen": "good", "rejected": "bad"}
@@ -73,54 +73,77 @@ def test_all_is_told_of_a_file_that_is_something_else(tmp_path: Path) -> None:
     assert "and 4 more" in str(caught.value.found)
 
 
+def rated(
+    picture: str | None, question: str, answer: str, stars: int | None, *more: Turn
+) -> Record:
+    images = () if picture is None else (picture,)
+    asked = "<image>\n" * len(images) + question
+    turns = (Turn("human", asked), Turn("gpt", answer), *more)
+    return Record(None, images, turns, Path("/r.jsonl"), 0, 1, Path("/"), stars=stars)
+
+
 def test_stars_make_pairs_of_more_liked_over_less_liked() -> None:
-    rated = [
-        Rated("a", "?", "best", 9),
-        Rated("a", "?", "worst", 1),
-        Rated("a", "?", "not counted", None),
-        Rated("a", "?", "middle", 4),
-        Rated("a", "?", "middle too", 4),
-        Rated("a", "another question", "alone", 4),
-        Rated("b", "?", "only", 4),
+    records = [
+        rated("a", "?", "best", 9),
+        rated("a", "?", "worst", 1),
+        rated("a", "?", "not counted", None),
+        rated("a", "?", "middle", 4),
+        rated("a", "?", "middle too", 4),
+        rated("a", "another question", "alone", 4),
+        rated("b", "?", "only", 4),
+        rated("b", "?", "long", 1, Turn("human", "And?"), Turn("gpt", "No.")),
     ]
-    assert from_stars(rated) == [
-        Preference("a", "?", "best", "middle"),
-        Preference("a", "?", "best", "middle too"),
-        Preference("a", "?", "best", "worst"),
-        Preference("a", "?", "middle", "worst"),
-        Preference("a", "?", "middle too", "worst"),
+    made = from_stars(records)
+    assert made.pairs == [
+        Preference(("/a",), "?", "best", "middle"),
+        Preference(("/a",), "?", "best", "middle too"),
+        Preference(("/a",), "?", "best", "worst"),
+        Preference(("/a",), "?", "middle", "worst"),
+        Preference(("/a",), "?", "middle too", "worst"),
     ]
-    assert from_stars(rated, least_gap=5) == [
-        Preference("a", "?", "best", "middle"),
-        Preference("a", "?", "best", "middle too"),
-        Preference("a", "?", "best", "worst"),
+    assert (made.pictures, made.uncounted, made.longer, made.single) == (1, 1, 1, 2)
+    made = from_stars(records, least_gap=5)
+    assert made.pairs == [
+        Preference(("/a",), "?", "best", "middle"),
+        Preference(("/a",), "?", "best", "middle too"),
+        Preference(("/a",), "?", "best", "worst"),
     ]
+    assert made.single == 2
 
 
 def test_a_picture_with_many_answers_does_not_outweigh_the_others() -> None:
-    rated = [Rated("a", "?", str(stars), stars) for stars in range(20)]
-    drawn = from_stars(rated, most=4)
+    records = [rated("a", "?", str(stars), stars) for stars in range(20)]
+    drawn = from_stars(records, most=4).pairs
     assert len(drawn) == len(set(drawn)) == 4
-    assert drawn == from_stars(rated, most=4)
-    assert drawn != from_stars(rated, most=4, seed=1)
+    assert drawn == from_stars(records, most=4).pairs
+    assert drawn != from_stars(records, most=4, seed=1).pairs
     assert all(int(pair.chosen) > int(pair.rejected) for pair in drawn)
 
 
 def test_an_answer_given_twice_has_its_highest_count() -> None:
-    rated = [
-        Rated("a", "?", "twice", 1),
-        Rated("a", "?", "twice", 8),
-        Rated("a", "?", "once", 3),
+    records = [
+        rated("a", "?", "twice", 1),
+        rated("a", "?", " twice", 8),
+        rated("a", "?", "once", 3),
     ]
-    assert from_stars(rated) == [Preference("a", "?", "twice", "once")]
+    assert from_stars(records).pairs == [Preference(("/a",), "?", "twice", "once")]
 
 
 def test_written_pairs_are_read_back(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     # U+2028 separates lines for Python, and does not in JSON.
-    preferences.write([Preference("a.png", "为什么？", "好\u2028笑", "坏")], path)
-    (record,) = preferences.load(path)
-    assert (record.answers, record.rejected) == (("好\u2028笑",), "坏")
+    below, beside = str(tmp_path / "more" / "b.png"), str(tmp_path.parent / "c.png")
+    images: list[tuple[str, ...]] = [("a.png",), (below, beside), ()]
+    preferences.write([Preference(i, "为什么？", "好\u2028笑", "坏") for i in images], path)
+    assert '["more/b.png", "/' in path.read_text()
+    records = preferences.load(path)
+    assert [record.rejected for record in records] == ["坏"] * 3
+    assert [record.answers for record in records] == [("好\u2028笑",)] * 3
+    assert [record.image_paths for record in records] == [
+        (tmp_path / "a.png",),
+        (Path(below), Path(beside)),
+        (),
+    ]
 
 
 def test_nano_has_pairs_on_pictures_of_their_own() -> None:

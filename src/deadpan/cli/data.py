@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from deadpan.data.checks import CheckReport
+    from deadpan.data.preferences import Starred
     from deadpan.processing.statistics import Spread, Statistics
 
 _ROWS = 50
@@ -22,7 +23,7 @@ _BARS = 16
 _BAR_WIDTH = 30
 
 app = typer.Typer(
-    help="Import, check, measure and look through training records.", no_args_is_help=True
+    help="Import, check, measure, pair and look through training records.", no_args_is_help=True
 )
 app.add_typer(data_import.app, name="import")
 
@@ -158,6 +159,75 @@ def preview(
     records = load(file, images)
     path = write(records, out, limit, seed)
     typer.echo(f"{path}: {min(limit, len(records)):,} of {len(records):,} records")
+
+
+@app.command()
+def pairs(
+    file: File,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The JSON lines to write.")],
+    images: Images = None,
+    min_gap: Annotated[
+        int, typer.Option(min=1, help="By how many stars the two of a pair differ at least.")
+    ] = 1,
+    per_picture: Annotated[
+        int,
+        typer.Option(
+            min=1, help="The most pairs of a picture and question, drawn from all it has."
+        ),
+    ] = 10,
+    seed: Annotated[int, typer.Option(help="Decides the draw.")] = 0,
+    json: Json = False,
+) -> None:
+    """Pair answers by their stars, for preference training.
+
+    Of two answers to the same question on the same picture, the one with more
+    stars is the chosen one. Records are those of deadpan data import oogiri,
+    or any with a number of likes as "stars". Answers without stars are left
+    out: not counted is not disliked. Of a picture with many answers few pairs
+    are drawn, so that it does not outweigh the others. Pictures are not copied.
+
+    Example: deadpan data pairs my-data/train.jsonl my-data/pairs.jsonl --min-gap 5
+    """
+    from deadpan.data import preferences
+    from deadpan.data.records import load
+    from deadpan.errors import DeadpanError
+
+    if out.resolve() == file.resolve():
+        raise DeadpanError(
+            "The pairs would take the place of the records.", where=out, fix="name another file"
+        )
+    made = preferences.from_stars(load(file, images), min_gap, per_picture, seed)
+    if not made.pairs:
+        raise DeadpanError(
+            "No two answers to a picture can be set against each other.",
+            where=file,
+            expected=f'answers to the same question on the same picture whose "stars" differ by {min_gap} '
+            "or more",
+            found=_left_out(made),
+        )
+    preferences.write(made.pairs, out)
+    if json:
+        _print_json(
+            {
+                "pairs": len(made.pairs),
+                "pictures": made.pictures,
+                "without_stars": made.uncounted,
+                "longer": made.longer,
+                "single": made.single,
+            }
+        )
+    else:
+        typer.echo(
+            f"wrote {out}: {_count(len(made.pairs), 'pair')} on {_count(made.pictures, 'picture')}; "
+            f"left out: {_left_out(made)}"
+        )
+
+
+def _left_out(made: Starred) -> str:
+    return (
+        f"{_count(made.uncounted, 'answer')} without stars, {made.longer:,} to several questions in turn, "
+        f"{made.single:,} that no other can be set against"
+    )
 
 
 def _print_json(value: object) -> None:

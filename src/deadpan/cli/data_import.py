@@ -129,3 +129,10 @@ def _print_summary(summary: Summary, out: Path) -> None:
         soft_wrap=True,
     )
     console.print(f"next: deadpan data check {out / 'train.jsonl'}", style="dim", soft_wrap=True)
+    if summary.with_stars:
+        console.print(
+            f"or pairs of more and less liked answers: deadpan data pairs {out / 'train.jsonl'} "
+            f"{out / 'pairs.jsonl'}",
+            style="dim",
+            soft_wrap=True,
+        )

@@ -34,95 +34,120 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Rated:
-    """An answer and how much it was liked.
-
-    Attributes:
-        picture: The picture's path.
-        prompt: What was asked.
-        answer: What was answered.
-        stars: How often it was liked; None if nobody counted.
-    """
-
-    picture: str
-    prompt: str
-    answer: str
-    stars: float | None
-
-
-@dataclass(frozen=True)
 class Preference:
     """A pair.
 
     Attributes:
-        picture: The picture's path.
+        images: The pictures' paths.
         prompt: What was asked.
         chosen: The answer that was liked more.
         rejected: The other one.
     """
 
-    picture: str
+    images: tuple[str, ...]
     prompt: str
     chosen: str
     rejected: str
 
-    def to_json(self) -> dict[str, str]:
-        """The pair as a file has it."""
-        return {
-            "image": self.picture,
-            "prompt": self.prompt,
-            "chosen": self.chosen,
-            "rejected": self.rejected,
-        }
+
+@dataclass(frozen=True)
+class Starred:
+    """What was made of answers with stars.
+
+    Attributes:
+        pairs: The pairs, pictures in the order in which they come first.
+        pictures: How many pictures, or questions without one, have pairs.
+        uncounted: Records whose stars are not known: not counted is not disliked.
+        longer: Records of several questions, which a pair cannot hold.
+        single: Answers that no other answer to the picture and question can be set against.
+    """
+
+    pairs: list[Preference]
+    pictures: int
+    uncounted: int
+    longer: int
+    single: int
 
 
 def from_stars(
-    answers: Iterable[Rated],
-    least_gap: float = 1,
-    most: int | None = None,
-    seed: int = 0,
-) -> list[Preference]:
+    records: Iterable[Record], least_gap: int = 1, most: int | None = None, seed: int = 0
+) -> Starred:
     """Pair more-liked answers with less-liked ones to the same picture and question.
 
-    Answers without a count are passed over: not counted is not disliked. Of an answer that stands
-    several times the highest count is taken.
+    Of an answer that stands several times the highest count is taken.
 
     Args:
-        answers: In any order.
-        least_gap: By how many stars the two of a pair must differ at least.
+        records: Answers with their stars, in any order.
+        least_gap: By how many stars the two of a pair must differ, at least 1.
         most: The most pairs of a picture and question, drawn from all its pairs; None: all. Without
             a limit a picture of k answers has up to k (k - 1) / 2, and a few pictures would outweigh
             all others.
         seed: Decides the draw.
-
-    Returns:
-        The pairs, pictures in the order in which they come first.
     """
-    stars: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
-    for each in answers:
-        if each.stars is not None:
-            known = stars[each.picture, each.prompt]
-            known[each.answer] = max(each.stars, known.get(each.answer, each.stars))
+    stars: dict[tuple[tuple[str, ...], str], dict[str, int]] = defaultdict(dict)
+    uncounted = longer = 0
+    for record in records:
+        if record.stars is None:
+            uncounted += 1
+        elif len(record.turns) != 2:
+            longer += 1
+        else:
+            question, answer = (turn.text for turn in record.turns)
+            images = tuple(path.absolute().as_posix() for path in record.image_paths)
+            known = stars[images, question]
+            answer = answer.strip()
+            known[answer] = max(record.stars, known.get(answer, record.stars))
     draw = random.Random(seed)
     pairs: list[Preference] = []
-    for (picture, prompt), liked in stars.items():
+    pictures = paired = 0
+    for (images, question), liked in stars.items():
         ranked = sorted(liked.items(), key=lambda pair: (-pair[1], pair[0]))
         found = [
-            Preference(picture, prompt, better, worse)
+            Preference(images, _bare(question, len(images)), better, worse)
             for place, (better, more) in enumerate(ranked)
             for worse, less in ranked[place + 1 :]
-            if more - less >= max(least_gap, 0) and more > less
+            if more - less >= least_gap
         ]
+        pictures += bool(found)
+        paired += len({answer for pair in found for answer in (pair.chosen, pair.rejected)})
         if most is not None and len(found) > most:
             found = [found[i] for i in sorted(draw.sample(range(len(found)), most))]
         pairs += found
-    return pairs
+    distinct = sum(map(len, stars.values()))
+    return Starred(pairs, pictures, uncounted, longer, single=distinct - paired)
+
+
+def _bare(question: str, pictures: int) -> str:
+    """A question without the marks that reading it puts in front again."""
+    bare = question.removeprefix(f"{IMAGE_TAG}\n" * pictures)
+    return bare if bare.strip() else question
 
 
 def write(pairs: Sequence[Preference], path: Path) -> None:
-    """Write pairs as JSON lines."""
-    lines = [json.dumps(pair.to_json(), ensure_ascii=False) + "\n" for pair in pairs]
-    path.write_text("".join(lines), encoding="utf-8")
+    """Write pairs as JSON lines; pictures below the file's folder are named from there.
+
+    Raises:
+        DeadpanError: If the file cannot be written.
+    """
+    folder = path.absolute().parent
+    lines = []
+    for pair in pairs:
+        names = [
+            Path(name).relative_to(folder).as_posix() if Path(name).is_relative_to(folder) else name
+            for name in pair.images
+        ]
+        value = {
+            "image": names[0] if len(names) == 1 else names or None,
+            "prompt": pair.prompt,
+            "chosen": pair.chosen,
+            "rejected": pair.rejected,
+        }
+        lines.append(json.dumps(value, ensure_ascii=False) + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise DeadpanError(f"The pairs cannot be written: {error.strerror}.", where=path) from None
 
 
 def load(path: Path, images: Path | None = None) -> list[Record]:

@@ -9,7 +9,6 @@ with `synchronous=FULL` is flushed before a commit returns (https://www.sqlite.o
 
 import contextlib
 import hashlib
-import json
 import os
 import secrets
 import sqlite3
@@ -24,6 +23,7 @@ from pathlib import Path
 from PIL import Image
 
 from deadpan.data.pictures import open_picture
+from deadpan.data.preferences import Preference, write
 from deadpan.errors import DeadpanError
 
 _VERSION = 1
@@ -322,7 +322,7 @@ def export(votes: Votes, out: Path) -> Exported:
     Raises:
         DeadpanError: If the file cannot be written.
     """
-    lines, ties, equal = [], 0, 0
+    pairs, ties, equal = [], 0, 0
     for vote in votes.all():
         match = vote.match
         if vote.outcome not in (Outcome.LEFT, Outcome.RIGHT):
@@ -334,19 +334,6 @@ def export(votes: Votes, out: Path) -> Exported:
         answers = [match.left_answer, match.right_answer]
         if vote.outcome is Outcome.RIGHT:
             answers.reverse()
-        image = match.picture
-        if image.is_relative_to(folder := out.absolute().parent):
-            image = image.relative_to(folder)
-        pair = {
-            "image": image.as_posix(),
-            "prompt": match.prompt,
-            "chosen": answers[0],
-            "rejected": answers[1],
-        }
-        lines.append(json.dumps(pair, ensure_ascii=False) + "\n")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("".join(lines), encoding="utf-8")
-    except OSError as error:
-        raise DeadpanError(f"The pairs cannot be written: {error.strerror}.", where=out) from None
-    return Exported(len(lines), ties, equal)
+        pairs.append(Preference((match.picture.as_posix(),), match.prompt, *answers))
+    write(pairs, out)
+    return Exported(len(pairs), ties, equal)
