@@ -199,6 +199,33 @@ def test_the_reference_fills_the_cache_and_the_vision_tower_rests_from_then_on(
     assert found[1][-1] < 0.6
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_on_a_gpu_the_decoder_written_out_learns_the_preferences(
+    make: MakeRecipe, tmp_path: Path, quantization: str
+) -> None:
+    recipe = make(
+        tmp_path / "run",
+        **{**SETTINGS, "lora": {"lora_dropout": 0.0}, "data": {"validation": 0.25}},
+        device="cuda",
+        precision="bf16",
+        quantization=quantization,
+        packing=True,
+        feature_cache=tmp_path / "features",
+    )
+    trainer = Trainer(recipe, False, Watcher())
+    assert trainer.loss.fused is not None
+    # Picture features are kept of the held-out pairs, too.
+    assert len(list((tmp_path / "features").rglob("*.safetensors"))) == 4
+    trainer.train()
+    steps = [line for line in logged(tmp_path / "run") if "loss" in line]
+    # The same products of the same numbers, cached and packed otherwise.
+    assert steps[0]["loss"] == pytest.approx(0.693147, abs=0.05)
+    assert steps[-1]["loss"] < 0.6
+    assert steps[-1]["reward_accuracy"] == 1.0
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(make: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nothing happened to. Read only."""
@@ -267,7 +294,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(
     two = make(tmp_path / "two", **settings, adapter=str(tuned))
     (tmp_path / "two.yaml").write_text(dump_recipe(two), encoding="utf-8")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
-    command = [*launcher, "--nproc-per-node", "2", DEADPAN, "train", str(tmp_path / "two.yaml")]
+    command = [*launcher, "--nproc-per-node=2", str(DEADPAN), "train", str(tmp_path / "two.yaml")]
     made = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     keys = ("loss", "reward_margin", "preferred", "logps_chosen", "logps_rejected")

@@ -326,3 +326,12 @@ def test_samples_per_step_may_not_contradict_a_given_micro_batch_size(recipe_fil
     )
     error = refused(recipe_file, MINIMAL, "samples_per_step=0")
     assert error.expected == "integer >= 1 or null"
+
+
+def test_preference_training_refuses_what_it_does_not_do(recipe_file: Path) -> None:
+    error = refused(recipe_file, MINIMAL, "objective=dpo", "quantization=fp8")
+    assert error.what == "The recipe's key 'quantization' has a wrong value."
+    assert error.expected == "none or nf4 with objective: dpo"
+    error = refused(recipe_file, MINIMAL, "dpo.beta=0.5")
+    assert error.expected == "objective: dpo, which alone reads this section"
+    assert load_recipe(recipe_file, ["objective=dpo", "dpo.beta=0.5"]).dpo.beta == 0.5

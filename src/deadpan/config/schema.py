@@ -416,11 +416,16 @@ class Recipe(_Section):
     def _multiplies_in_fp8(cls, decoder: str, info: ValidationInfo) -> str:
         if decoder == "transformers" and info.data.get("quantization") == "fp8":
             raise contradiction("auto or fused with quantization: fp8")
-        if info.data.get("objective") == "dpo" and info.data.get("quantization") == "fp8":
-            raise contradiction("none or nf4 with objective: dpo", "quantization")
         if decoder == "fused" and info.data.get("attention") in ("eager", "sdpa"):
             raise contradiction("auto or transformers with attention: eager or sdpa")
         return decoder
+
+    @field_validator("quantization")
+    @classmethod
+    def _suits_the_objective(cls, quantization: str, info: ValidationInfo) -> str:
+        if quantization == "fp8" and info.data.get("objective") == "dpo":
+            raise contradiction("none or nf4 with objective: dpo")
+        return quantization
 
     @field_validator("dpo")
     @classmethod
