@@ -8,7 +8,7 @@ import pytest
 
 from deadpan.data import preferences
 from deadpan.data.preferences import Preference, from_stars
-from deadpan.data.records import PROMPT, Record, Turn
+from deadpan.data.records import PROMPT, Record, Turn, read
 from deadpan.errors import DeadpanError
 
 PAIR = {"image": "a.png", "prompt": "Why?", "chosen": "good", "rejected": "bad"}
@@ -71,6 +71,11 @@ def test_all_is_told_of_a_file_that_is_something_else(tmp_path: Path) -> None:
         preferences.load(path)
     assert str(caught.value.found).count("not valid JSON") == 5
     assert "and 4 more" in str(caught.value.found)
+
+
+def test_a_pair_among_records_is_called_one(tmp_path: Path) -> None:
+    (problem,) = read(file(tmp_path / "pairs.jsonl", PAIR))[1]
+    assert "found a preference pair, which is trained on with objective: dpo" in problem.message
 
 
 def rated(

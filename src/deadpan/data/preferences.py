@@ -188,6 +188,7 @@ def load(path: Path, images: Path | None = None) -> list[Record]:
             where=path,
             expected=_EXPECTED,
             found="\n    ".join(mistakes[:_SHOWN]) + more or "nothing",
+            fix="make one: of votes with deadpan votes export, of records with stars with deadpan data pairs",
         )
     return records
 

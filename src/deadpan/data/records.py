@@ -446,6 +446,8 @@ def _turns(value: dict[str, object], findings: _Findings) -> tuple[Turn, ...] | 
     turns = value.get("conversations")
     if not isinstance(turns, list) or not turns:
         found = _excerpt(turns) if "conversations" in value else f"the keys {_excerpt(list(value))}"
+        if "chosen" in value:
+            found = "a preference pair, which is trained on with objective: dpo"
         findings.error(
             "bad-conversations", f"conversations: expected a list of turns, found {found}"
         )
