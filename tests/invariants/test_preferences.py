@@ -261,6 +261,21 @@ def test_interrupted_and_resumed_is_uninterrupted(
     assert identical(result_of(run / "latest"), result_of(uninterrupted / "latest"))
 
 
+def test_so_it_is_with_the_decoder_written_out_and_the_cache(
+    make: MakeRecipe, tmp_path: Path
+) -> None:
+    changes = {"decoder": "fused", "packing": True, "epochs": 2}
+    one, other = (
+        make(tmp_path / name, **{**SETTINGS, **changes}, feature_cache=tmp_path / f"of-{name}")
+        for name in ("one", "other")
+    )
+    train(one)
+    train(other, watcher=SignalAfter(2))
+    train(other, resume=True)
+    assert course(tmp_path / "one") == course(tmp_path / "other")
+    assert identical(*(result_of(tmp_path / name / "latest") for name in ("one", "other")))
+
+
 def test_a_lost_reference_is_asked_again_of_the_base_that_the_weights_have_left(
     make: MakeRecipe, uninterrupted: Path, tmp_path: Path
 ) -> None:
