@@ -326,3 +326,15 @@ def test_samples_per_step_may_not_contradict_a_given_micro_batch_size(recipe_fil
     )
     error = refused(recipe_file, MINIMAL, "samples_per_step=0")
     assert error.expected == "integer >= 1 or null"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("decoder", "transformers"), ("distributed.engine", "fsdp2")],
+)
+def test_a_shared_prefix_goes_with_the_fused_decoder_alone(
+    recipe_file: Path, key: str, value: str
+) -> None:
+    error = refused(recipe_file, MINIMAL, "shared_prefix=true", f"{key}={value}")
+    assert error.what == "The recipe's key 'shared_prefix' has a wrong value."
+    assert (error.expected or "").startswith(f"false with {key}: {value}")

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from deadpan.data.pictures import picture_size
 from deadpan.data.records import IMAGE_TAG, Record, Turn
 from deadpan.environment import usable_cores
 from deadpan.errors import DeadpanError
 from deadpan.processing.collate import Batch, collate
+from deadpan.processing.prefix import join
 from deadpan.processing.processor import Processor, Sample
 from deadpan.train.features import FeatureCache
 from deadpan.train.plan import MicroBatch, Plan
@@ -60,43 +60,58 @@ class MicroBatches(Dataset[tuple[MicroBatch, Batch | DeadpanError]]):
         Raises:
             DeadpanError: If a picture has become unreadable since the survey.
         """
-        processor, records = self._processor, [self._records[i] for i in micro_batch.indices]
+        groups = [[self._records[i] for i in group] for group in micro_batch.groups]
+        names = [record.name for group in groups for record in group]
+        return replace(self._batch(groups), names=names)
+
+    def _batch(self, groups: Sequence[Sequence[Record]]) -> Batch:
         if self._blank is not None:
-            return self._pictured([processor.record(record) for record in records], self._blank)
+            return self._pictured([self._sample(group) for group in groups], self._blank)
         if self._cache is None:
-            samples = [processor.record(record) for record in records]
-            return collate(samples, processor.pad_id, self._packing)
-        files = [self._cache.paths(record) for record in records]
+            return self._collated([self._sample(group) for group in groups])
+        # The pictures of a group are those of its first record.
+        firsts = [group[0] for group in groups]
+        files = [self._cache.paths(record) for record in firsts]
         known = [self._cache.read(paths) for paths in files]
         if any(features is None for features in known):
-            samples = [processor.record(record) for record in records]
-            batch = collate(samples, processor.pad_id, self._packing)
-            return replace(batch, feature_files=self._files(records, files))
+            batch = self._collated([self._sample(group) for group in groups])
+            return replace(batch, feature_files=self._files(firsts, files))
         samples = [
-            processor.text(record, [len(picture) for picture in features or ()])
-            for record, features in zip(records, known, strict=True)
+            self._texts(group, [len(picture) for picture in features or ()])
+            for group, features in zip(groups, known, strict=True)
         ]
         pictures = [picture for features in known for picture in features or ()]
-        batch = collate(samples, processor.pad_id, self._packing)
+        batch = self._collated(samples)
         features = torch.cat(pictures) if pictures else None
         return replace(batch, features=features, pictured=bool(pictures))
 
+    def _sample(self, group: Sequence[Record]) -> Sample:
+        """Records that share a prefix as one sample, their pictures decoded once."""
+        first, *others = group
+        counts = self._processor.tile_counts(first) if others else ()
+        texts = (self._processor.text(record, counts) for record in others)
+        return join([self._processor.record(first), *texts])
+
+    def _texts(self, group: Sequence[Record], counts: Sequence[int]) -> Sample:
+        return join([self._processor.text(record, counts) for record in group])
+
+    def _collated(self, samples: Sequence[Sample]) -> Batch:
+        return collate(samples, self._processor.pad_id, self._packing)
+
     def _pictured(self, samples: list[Sample], blank: Sample) -> Batch:
         if any(sample.pixel_values is not None for sample in samples):
-            return collate(samples, self._processor.pad_id, self._packing)
-        batch = collate([*samples, blank], self._processor.pad_id, self._packing)
-        tokens = batch.tokens - len(blank.input_ids)
-        return replace(batch, names=batch.names[:-1], tokens=tokens, pictured=False)
+            return self._collated(samples)
+        batch = self._collated([*samples, blank])
+        return replace(batch, tokens=batch.tokens - len(blank.input_ids), pictured=False)
 
     def _files(
         self, records: Sequence[Record], files: Sequence[list[Path]]
     ) -> list[tuple[Path, int]]:
         """Where the features of a batch's pictures go, and how many tiles each has."""
-        policy = self._processor.tile_policy
         return [
-            (path, policy.count(picture_size(picture), len(paths)))
+            place
             for record, paths in zip(records, files, strict=True)
-            for path, picture in zip(paths, record.image_paths, strict=True)
+            for place in zip(paths, self._processor.tile_counts(record), strict=True)
         ]
 
 
