@@ -4,6 +4,7 @@ In float32, within the rounding of sums that run in another order (see test_loss
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from deadpan.config.schema import Recipe
-from deadpan.data.records import Record
+from deadpan.data.records import Record, Turn
 from deadpan.data.records import load as load_records
 from deadpan.errors import DeadpanError
 from deadpan.models.answer_loss import AnswerLoss, plain_model
@@ -86,6 +87,10 @@ def shared(make: MakeRecipe, run: Path, **changes: Any) -> Recipe:
 
 def test_records_of_the_same_pictures_and_question_share(records: list[Record]) -> None:
     assert shared_prefixes(records) == GROUPS
+    # A picture that comes after the first answer is in no prefix.
+    turns = ("讲一个梗。", "冷。", "<image>\n这个呢？", "一只猫。")
+    later = [Turn("gpt" if place % 2 else "human", text) for place, text in enumerate(turns)]
+    assert shared_prefixes([replace(records[0], turns=tuple(later))] * 2) == ((0,), (1,))
 
 
 @pytest.mark.parametrize("packing", [True, False])
