@@ -46,7 +46,7 @@ def deadpan(folder: Path, *commands: Sequence[object]) -> list[Outcome]:
             for command in commands[start : start + 2]
         ]
         for process in processes:
-            out, error = process.communicate(timeout=120)
+            out, error = process.communicate(timeout=600)
             outcomes.append(Outcome(process.returncode, out, error))
     return outcomes
 
