@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -14,14 +15,15 @@ from deadpan.checkpoints import probe
 @contextmanager
 def reloaded_here() -> Iterator[None]:
     """Within it an export's probe runs in this process, by the command that a fresh one would be given."""
+    real = subprocess.run
     with pytest.MonkeyPatch.context() as patch:
 
-        def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-            python, option, module, *arguments = command
-            assert (python, option, module) == (sys.executable, "-m", probe.__name__)
-            patch.setattr(sys, "argv", [module, *arguments])
+        def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+            if command[:3] != [sys.executable, "-m", probe.__name__]:
+                return real(command, **options)
+            patch.setattr(sys, "argv", command[2:])
             runpy.run_path(str(probe.__file__), run_name="__main__")
             return subprocess.CompletedProcess(command, 0, "", "")
 
-        patch.setattr("deadpan.checkpoints.export.subprocess.run", run)
+        patch.setattr(subprocess, "run", run)
         yield
