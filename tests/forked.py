@@ -21,8 +21,8 @@ OPENING, STEPPING, SAVING, EVALUATING = b"o", b"s", b"w", b"e"
 """What a run may be about to do: to open its folder, do a step, write a checkpoint, evaluate."""
 
 
-def fork(work: Callable[[], int | None], output: Path) -> int:
-    """Do something in a child process, whose id is returned; what it prints goes to a file."""
+def fork(work: Callable[[], int | None], output: Path, error: Path | None = None) -> int:
+    """Do something in a child process, whose id is returned; what it prints goes to a file, or to two."""
     child = os.fork()
     if child:
         return child
@@ -31,9 +31,8 @@ def fork(work: Callable[[], int | None], output: Path) -> int:
         # A runner of tests may have its own handlers.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
+        for number, file in ((1, output), (2, error or output)):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         code = work() or 0
     except SystemExit as leave:

@@ -1,26 +1,32 @@
-"""`deadpan demo` as a user has it, with a short training: told in one go, stopped and gone on with, and refused."""
+"""`deadpan demo` as a user has it, with a short training: stopped and gone on with, and refused."""
 
 import json
 import re
 import signal
 import subprocess
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from command import DEADPAN, ENVIRONMENT
+from command import DEADPAN, ENVIRONMENT, forked
+from deadpan import demo
+from deadpan.nano import records_file
+from exporting import reloaded_here
+from training import SignalAfter
 
-SHORT = ["max_steps=12", "save_every_steps=4"]
+SHORT = ["max_steps=8", "save_every_steps=4"]
 STEPS = [
     "check the data", "hear the base model", "fine-tune", "evaluate", "export and compare",
     "hear the export", "write the report",
 ]  # fmt: skip
 
 
-def begin(out: Path, *more: str) -> "subprocess.Popen[str]":
+def begin(out: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [str(DEADPAN), "demo", *SHORT, "--out", str(out), *more],
+        [str(DEADPAN), "demo", *SHORT, "--out", str(out)],
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -34,31 +40,29 @@ def end(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str, list[int]]]:
-    """One demo told in one go and one stopped in the middle of training, side by side: folder, output, exit codes."""
-    folder = tmp_path_factory.mktemp("demos")
-    whole, stopped = begin(folder / "whole"), begin(folder / "stopped")
-    log = folder / "stopped" / "run" / "metrics.jsonl"
+def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A demo that was stopped in the middle of training and gone on with: its folder, and what the second part said."""
+    folder = tmp_path_factory.mktemp("demos") / "demo"
+    stopped = begin(folder)
+    log = folder / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not (log.is_file() and log.read_text().count("\n") >= 2):
         assert stopped.poll() is None, stopped.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     stopped.send_signal(signal.SIGINT)
-    first = end(stopped)
-    assert "the same command goes on" in first[2]
-    assert not (folder / "stopped" / "tuned.jsonl").exists()
-    second = end(begin(folder / "stopped"))
-    once = end(whole)
-    return {
-        "whole": (folder / "whole", once[1], [once[0]]),
-        "stopped": (folder / "stopped", second[1], [first[0], second[0]]),
-    }
+    code, _, error = end(stopped)
+    assert code == 130
+    assert "the same command goes on" in error
+    assert not (folder / "tuned.jsonl").exists()
+    code, out, error = end(begin(folder))
+    assert code == 0, error
+    return folder, out
 
 
-def test_every_step_is_told(told: dict[str, tuple[Path, str, list[int]]]) -> None:
-    folder, out, codes = told["whole"]
-    assert codes == [0], out
+def test_every_step_is_told(told: tuple[Path, str]) -> None:
+    folder, out = told
+    assert out.count("done before") == 2
     for number, title in enumerate(STEPS, start=1):
         assert f"{number}/{len(STEPS)} {title}" in out
     assert f"Look at {folder / 'report.html'} in a browser" in " ".join(out.split())
@@ -72,36 +76,60 @@ def test_every_step_is_told(told: dict[str, tuple[Path, str, list[int]]]) -> Non
     assert not re.search(r'(src|href)="(?!#|data:)|url\((?!#)|<script|@import', page)
 
 
+class Silent:
+    """Shows nothing of how a demo goes."""
+
+    def step(self, title: str) -> Any:
+        return nullcontext(lambda done, total: None)
+
+    def note(self, text: str) -> None: ...
+
+    def done(self, title: str, line: str, seconds: float, before: bool) -> None: ...
+
+
 def test_a_stopped_demo_goes_on_and_tells_the_same_story(
-    told: dict[str, tuple[Path, str, list[int]]],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (whole, _, _), (stopped, out, codes) = told["whole"], told["stopped"]
-    assert codes == [130, 0]
-    assert out.count("done before") == 2
+    # About four of the sixty pictures, which are told of sooner.
+    file = records_file(Path("nano:held-out"))
+    few = json.loads(file.read_text(encoding="utf-8"))[:4]
+    for record in few:
+        record["image"] = str(file.parent / record["image"])
+    (tmp_path / "few.json").write_text(json.dumps(few), encoding="utf-8")
+    monkeypatch.setattr(demo, "_HELD_OUT", tmp_path / "few.json")
+
+    def tell(name: str) -> None:
+        demo.Demo(tmp_path / name, 0, SHORT, Silent()).tell()
+
+    with reloaded_here():
+        tell("whole")
+        with monkeypatch.context() as patch:
+            patch.setattr(demo, "_TrainingProgress", lambda *_: SignalAfter(2))
+            with pytest.raises(demo.Stopped):
+                tell("stopped")
+        assert not (tmp_path / "stopped" / "tuned.jsonl").exists()
+        tell("stopped")
     for name in ("base.jsonl", "tuned.jsonl", "export.jsonl", "tuned.json"):
-        assert (stopped / name).read_bytes() == (whole / name).read_bytes()
-    base, tuned = ((whole / f"{name}.jsonl").read_text() for name in ("base", "tuned"))
+        one, other = ((tmp_path / folder / name).read_bytes() for folder in ("whole", "stopped"))
+        assert one == other
+    base, tuned = ((tmp_path / "whole" / f"{name}.json").read_text() for name in ("base", "tuned"))
     assert base != tuned
 
 
-def test_another_demo_is_not_overwritten(
-    told: dict[str, tuple[Path, str, list[int]]], tmp_path: Path
-) -> None:
-    folder = told["whole"][0]
+def test_another_demo_is_not_overwritten(told: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = told
     before = (folder / "demo.json").read_bytes()
     (tmp_path / "mine.txt").write_text("mine")
-    seed, mine, fresh = (
-        begin(folder, "--seed", "1"),
-        begin(tmp_path),
-        begin(tmp_path, "--fresh"),
+    command = ["demo", *SHORT, "--out"]
+    outcomes = forked(
+        tmp_path,
+        [*command, folder, "--seed", "1"],
+        [*command, tmp_path],
+        [*command, tmp_path, "--fresh"],
     )
-    for process, text in (
-        (seed, "begun otherwise"),
-        (mine, "not a demo"),
-        (fresh, "Only a demo's folder is removed"),
-    ):
-        code, _, error = end(process)
-        assert (code, "Traceback" in error) == (1, False)
-        assert text in error
+    texts = ("begun otherwise", "not a demo", "Only a demo's folder is removed")
+    for outcome, text in zip(outcomes, texts, strict=True):
+        assert (outcome.code, "Traceback" in outcome.error) == (1, False)
+        assert text in outcome.error
     assert (folder / "demo.json").read_bytes() == before
     assert (tmp_path / "mine.txt").read_text() == "mine"

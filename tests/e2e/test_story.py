@@ -1,16 +1,13 @@
 """The whole story by the command line, each step in a process of its own, as a user has it."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import pytest
 import yaml
 
-from command import Outcome, deadpan
-from deadpan.cli.main import run
+from command import Outcome, deadpan, forked
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +40,10 @@ def training(desk: Path) -> Outcome:
 
 @pytest.fixture(scope="module")
 def exports(desk: Path, training: Outcome) -> dict[str, Outcome]:
-    layouts = ("hf", "adapter")
-    commands = [["export", "runs/first", f"out/{name}", "--layout", name] for name in layouts]
-    return dict(zip(layouts, deadpan(desk, *commands), strict=True))
+    hf, adapter = (
+        ["export", "runs/first", f"out/{name}", "--layout", name] for name in ("hf", "adapter")
+    )
+    return {"hf": deadpan(desk, hf)[0], "adapter": forked(desk, adapter)[0]}
 
 
 @pytest.fixture(scope="module")
@@ -121,12 +119,11 @@ def test_the_run_and_every_export_say_the_jokes_that_were_taught(
     desk: Path, exports: dict[str, Outcome], pictures: list[Path], jokes: list[str]
 ) -> None:
     prompt = ["--prompt", "请你根据这张图片，讲一个脑洞大开的梗。"]
-    heard = deadpan(
-        desk,
-        ["tell", "runs/first", *pictures, *prompt],
-        ["tell", "runs/first", *pictures, *prompt, "--json"],
-        *[["tell", f"out/{layout}", *pictures, *prompt, "--json"] for layout in exports],
-    )
+    models = ["runs/first", *(f"out/{layout}" for layout in exports)]
+    heard = [
+        *deadpan(desk, ["tell", "runs/first", *pictures, *prompt]),
+        *forked(desk, *(["tell", model, *pictures, *prompt, "--json"] for model in models)),
+    ]
     assert [outcome.code for outcome in heard] == [0] * 4, heard[0].error
     expected = [f"{picture}: {joke}" for picture, joke in zip(pictures, jokes, strict=True)]
     assert heard[0].out.splitlines() == expected
@@ -144,11 +141,11 @@ def test_a_model_in_the_official_layout_stays_in_it(
     desk: Path, tiny: Path, pictures: list[Path]
 ) -> None:
     """Nano has the Hugging Face layout alone, so this is told by the tiny model with random weights."""
-    (trained,) = deadpan(
+    (trained,) = forked(
         desk, ["train", "recipe.yaml", f"model={tiny}", "run=runs/official", "max_steps=2"]
     )
     assert trained.code == 0, trained.error
-    refused, exported = deadpan(
+    refused, exported = forked(
         desk,
         ["export", "nano", "out/refused", "--layout", "official"],
         ["export", "runs/official", "out/official", "--layout", "official"],
@@ -156,7 +153,7 @@ def test_a_model_in_the_official_layout_stays_in_it(
     assert (refused.code, exported.code) == (1, 0), exported.error
     assert "--official-files" in refused.error
     assert not (desk / "out" / "refused").exists()
-    heard = deadpan(
+    heard = forked(
         desk,
         *[
             ["tell", model, pictures[0], "--json", "--max-new-tokens", 8]
@@ -188,8 +185,6 @@ def test_a_users_mistake_is_a_message_that_names_the_file(
     training: Outcome,
     records: Path,
     pictures: list[Path],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     broken = desk / "broken.png"
     broken.write_bytes(pictures[0].read_bytes()[:150])
@@ -215,15 +210,9 @@ def test_a_users_mistake_is_a_message_that_names_the_file(
         ("export", "runs/first", "runs"): ["exists already", "where: runs"],
     }
     before = {path: path.stat().st_mtime_ns for path in desk.rglob("*")}
-    outcomes = dict(zip(light, deadpan(desk, *light), strict=True))
-    monkeypatch.chdir(desk)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    for command in heavy:
-        # By the script's own entry point, but in this process, which has PyTorch already.
-        monkeypatch.setattr(sys, "argv", ["deadpan", *command])
-        with pytest.raises(SystemExit) as exit:
-            run()
-        outcomes[command] = Outcome(exit.value.code, *capsys.readouterr())
+    outcomes = dict(
+        zip([*light, *heavy], [*deadpan(desk, *light), *forked(desk, *heavy)], strict=True)
+    )
     for command, texts in {**light, **heavy}.items():
         outcome = outcomes[command]
         assert (outcome.code, outcome.out) == (1, ""), command

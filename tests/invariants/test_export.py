@@ -1,10 +1,9 @@
 import json
 import resource
-import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from deadpan.checkpoints.processor_files import save_processor
 from deadpan.errors import DeadpanError
 from deadpan.models import lora
 from deadpan.processing.processor import POLICY_FILE
+from exporting import reloaded_here
 from make_tiny_model import make_official
 
 WEIGHTS = "model.safetensors"
@@ -58,17 +58,10 @@ def retype(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reload exports in this process: a fresh one takes seconds to import PyTorch. One test does without this."""
-
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        python, option, module, *arguments = command
-        assert (python, option, module) == (sys.executable, "-m", probe.__name__)
-        monkeypatch.setattr(sys, "argv", [module, *arguments])
-        runpy.run_path(str(probe.__file__), run_name="__main__")
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr("deadpan.checkpoints.export.subprocess.run", run)
+def here() -> Iterator[None]:
+    """Exports are reloaded in this process. One test goes without this."""
+    with reloaded_here():
+        yield
 
 
 def inputs_of(loaded: Loaded) -> dict[str, torch.Tensor]:

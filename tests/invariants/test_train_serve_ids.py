@@ -23,6 +23,7 @@ from deadpan.processing.encoding import IGNORE_INDEX
 from deadpan.processing.processor import load_processor
 from deadpan.processing.template import IMAGE_END, IMAGE_START, IMAGE_TOKEN
 from deadpan.teller import request
+from exporting import reloaded_here
 
 LAYOUTS = ["official", "hf", "adapter"]
 GREEDY = GenerationSettings(max_new_tokens=1)
@@ -32,7 +33,8 @@ GREEDY = GenerationSettings(max_new_tokens=1)
 def folders(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One model as it came, as other tools take it, and as an adapter."""
     folder = tmp_path_factory.mktemp("layouts")
-    export(tiny, folder / "hf", "hf", device="cpu")
+    with reloaded_here():
+        export(tiny, folder / "hf", "hf", device="cpu")
     assert (folder / "hf" / "tokenizer.json").exists()
     assert not (folder / "hf" / "tokenizer.model").exists()
     adapter = folder / "adapter"

@@ -31,6 +31,7 @@ from deadpan.engines.builtin import BuiltinEngine
 from deadpan.models.answer_loss import AnswerLoss
 from deadpan.processing.collate import Batch, collate
 from deadpan.processing.processor import Processor, Sample, load_processor
+from exporting import reloaded_here
 
 CASES = ["one_tile", "many_tiles", "text_only", "multi_image", "multi_turn"]
 VARIANTS = ["eager", "sdpa", "hf", "round-trip"]
@@ -76,14 +77,16 @@ def reference(official: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def hf(official: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exports") / "hf"
-    export(official, folder, "hf", device="cpu")
+    with reloaded_here():
+        export(official, folder, "hf", device="cpu")
     return folder
 
 
 @pytest.fixture(scope="module")
 def official_again(official: Path, hf: Path) -> Path:
     folder = hf.parent / "official"
-    export(hf, folder, "official", device="cpu", official_files=official)
+    with reloaded_here():
+        export(hf, folder, "official", device="cpu", official_files=official)
     return folder
 
 

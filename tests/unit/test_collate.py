@@ -88,3 +88,10 @@ def test_a_batch_moves_whole(sample: Sample) -> None:
         batch.tokens,
         batch.supervised,
     )
+
+
+def test_padding_behind_answers_that_share_a_prefix_goes_on_where_the_last_one_ends() -> None:
+    shared = Sample([5, 6, 7, 8, 9], [-100, -100, 7, 8, 9], None, "two", [0, 1, 2, 3, 2])
+    longer = Sample([5] * 7, [-100] + [5] * 6, None, "one")
+    positions = collate([shared, longer], 0).position_ids
+    assert positions.tolist() == [[0, 1, 2, 3, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6]]

@@ -335,3 +335,15 @@ def test_preference_training_refuses_what_it_does_not_do(recipe_file: Path) -> N
     error = refused(recipe_file, MINIMAL, "dpo.beta=0.5")
     assert error.expected == "objective: dpo, which alone reads this section"
     assert load_recipe(recipe_file, ["objective=dpo", "dpo.beta=0.5"]).dpo.beta == 0.5
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("decoder", "transformers"), ("distributed.engine", "fsdp2"), ("objective", "dpo")],
+)
+def test_a_shared_prefix_goes_with_the_fused_decoder_alone(
+    recipe_file: Path, key: str, value: str
+) -> None:
+    error = refused(recipe_file, MINIMAL, "shared_prefix=true", f"{key}={value}")
+    assert error.what == "The recipe's key 'shared_prefix' has a wrong value."
+    assert (error.expected or "").startswith(f"false with {key}: {value}")

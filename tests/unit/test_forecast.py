@@ -15,7 +15,7 @@ SIZES = [Size(100, 20, 1), Size(300, 10, 5), Size(250, 200, 2), Size(40, 5, 0)]
 
 
 def batch(*indices: int) -> MicroBatch:
-    return MicroBatch(1, 0, indices)
+    return MicroBatch(1, 0, tuple((index,) for index in indices))
 
 
 def test_padding_is_computed_on_and_packing_has_none() -> None:

@@ -4,6 +4,7 @@ from itertools import groupby
 import pytest
 import torch
 
+from deadpan.processing.prefix import Groups
 from deadpan.train.plan import MicroBatch, Plan
 
 SHAPES = [(1, 1, 1), (4, 2, 1), (7, 2, 2), (5, 2, 2), (8, 2, 2), (3, 8, 2)]
@@ -87,3 +88,31 @@ def test_a_resumed_plan_is_the_tail_of_the_whole(
     for done in range(plan.steps + 1):
         tail = [batch for step in steps[done:] for batch in step]
         assert list(plan.micro_batches(done)) == tail
+
+
+GROUPS = ((0, 4, 7), (1,), (2, 3), (5, 6, 8, 9, 10))
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(1, 1), (4, 1), (2, 3), (16, 1)])
+def test_groups_follow_one_another_and_are_cut_where_steps_are(
+    size: int, accumulation: int
+) -> None:
+    def plan(groups: Groups | None) -> Plan:
+        return Plan(11, 3, size, accumulation, seed=2, groups=groups)
+
+    grouped, plain = by_step(plan(GROUPS)), by_step(plan(None))
+    lengths = [[[len(batch.indices) for batch in step] for step in run] for run in (grouped, plain)]
+    assert lengths[0] == lengths[1]
+    of = {index: number for number, group in enumerate(GROUPS) for index in group}
+    for epoch in range(3):
+        order = plan(GROUPS).order(epoch)
+        assert sorted(order) == list(range(11))
+        assert len([number for number, _ in groupby(order, key=of.__getitem__)]) == len(GROUPS)
+        batches = [batch for step in grouped for batch in step if batch.epoch == epoch]
+        assert [index for batch in batches for index in batch.indices] == order
+        for batch in batches:
+            numbers = [{of[index] for index in group} for group in batch.groups]
+            assert all(len(number) == 1 for number in numbers)
+            assert len(set.union(*numbers)) == len(numbers)
+    # Within a group the order changes too.
+    assert len({tuple(i for i in plan(GROUPS).order(e) if of[i] == 3) for e in range(3)}) > 1

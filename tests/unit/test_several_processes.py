@@ -131,8 +131,8 @@ def test_a_blank_picture_is_added_where_there_is_none_and_nothing_is_learned_of_
     known = load(records, None)
     wordy = replace(known[0], images=(), turns=(Turn("human", "?"), Turn("gpt", "一。")))
     both = loader.MicroBatches([wordy, known[1]], processor, packing=True, pictured=True)
-    alone = both.batch(MicroBatch(1, 0, (0,)))
-    plain = loader.MicroBatches([wordy], processor, packing=True).batch(MicroBatch(1, 0, (0,)))
+    alone = both.batch(MicroBatch(1, 0, ((0,),)))
+    plain = loader.MicroBatches([wordy], processor, packing=True).batch(MicroBatch(1, 0, ((0,),)))
     assert plain.pixel_values is None
     assert alone.pixel_values is not None
     assert (alone.supervised, alone.tokens, alone.names) == (
@@ -141,6 +141,6 @@ def test_a_blank_picture_is_added_where_there_is_none_and_nothing_is_learned_of_
         plain.names,
     )
     assert not alone.pictured
-    assert both.batch(MicroBatch(1, 0, (0, 1))).pictured
+    assert both.batch(MicroBatch(1, 0, ((0,), (1,)))).pictured
     nothing = loader.blank(processor)
     assert (nothing.supervised, nothing.tokens, nothing.names) == (0, 0, [])

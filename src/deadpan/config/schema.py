@@ -326,6 +326,12 @@ class Recipe(_Section):
         default=False,
         description="Lay a micro-batch's samples end to end in one row instead of padding them.",
     )
+    shared_prefix: bool = Field(
+        default=False,
+        description="Lay records of the same pictures and the same question behind one copy of them: k answers "
+        "cost one picture, with the loss of k samples, as far as they fall in one micro-batch. Such records "
+        "then follow one another in an epoch. Computed by the fused decoder alone.",
+    )
     gradient_checkpointing: bool = Field(
         default=True,
         description="Recompute activations in the backward pass: less memory, more time.",
@@ -381,6 +387,22 @@ class Recipe(_Section):
             )
             raise contradiction(expected)
         return samples
+
+    @field_validator("shared_prefix")
+    @classmethod
+    def _has_the_fused_decoder(cls, shared: bool, info: ValidationInfo) -> bool:
+        distributed = info.data.get("distributed")
+        if shared and info.data.get("decoder") == "transformers":
+            raise contradiction(
+                "false with decoder: transformers, whose masks keep no answers apart"
+            )
+        if shared and distributed is not None and distributed.engine in ("deepspeed", "fsdp2"):
+            raise contradiction(
+                f"false with distributed.engine: {distributed.engine}, which the fused decoder does not know"
+            )
+        if shared and info.data.get("objective") == "dpo":
+            raise contradiction("false with objective: dpo, which compares answers one by one")
+        return shared
 
     @field_validator("distributed")
     @classmethod

@@ -89,7 +89,10 @@ def collate(samples: Sequence[Sample], pad_id: int, packing: bool = False) -> Ba
         labels[row, begin + 1 : begin + length] = torch.tensor(sample.labels[1:])
         position_ids[row, begin:end] = torch.arange(end - begin)
         if sample.position_ids is not None:
-            position_ids[row, begin : begin + length] = torch.tensor(sample.position_ids)
+            positions = torch.tensor(sample.position_ids)
+            position_ids[row, begin : begin + length] = positions
+            # Padding goes on where the last answer ends, or it would count as a further answer.
+            position_ids[row, begin + length : end] -= length - 1 - positions[-1]
         start += length
     pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
     return Batch(

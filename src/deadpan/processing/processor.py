@@ -86,11 +86,13 @@ class Size:
         tokens: Tokens, image tokens included.
         supervised: Those of them that are learned.
         tiles: Tiles of its pictures, thumbnails included.
+        prefix: Tokens before the first that is learned.
     """
 
     tokens: int
     supervised: int
     tiles: int
+    prefix: int = 0
 
     def __add__(self, other: "Size") -> "Size":
         return Size(
@@ -217,19 +219,22 @@ class Processor:
         """
         first, *others = record.sides
         sample = self.record(first)
-        counts = [
-            self.tile_policy.count(picture_size(path), len(record.images))
-            for path in (record.image_paths if others else ())
-        ]
+        counts = self.tile_counts(record) if others else ()
         encoded = [self.encode(side.turns, counts, side.name) for side in others]
         return [sample, *(Sample(*ids, sample.pixel_values, record.name) for ids in encoded)]
 
     def size(self, record: Record) -> Size:
         """The size of a record, from its pictures' headers alone; it may exceed max_length."""
-        paths = record.image_paths
-        counts = [self.tile_policy.count(picture_size(path), len(paths)) for path in paths]
+        counts = self.tile_counts(record)
         input_ids, labels = self._encode(record.turns, counts, record.name)
-        return Size(len(input_ids), len(labels) - labels.count(IGNORE_INDEX), sum(counts))
+        supervised = len(labels) - labels.count(IGNORE_INDEX)
+        prefix = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+        return Size(len(input_ids), supervised, sum(counts), prefix)
+
+    def tile_counts(self, record: Record) -> list[int]:
+        """How many tiles each of a record's pictures becomes, from their headers alone."""
+        paths = record.image_paths
+        return [self.tile_policy.count(picture_size(path), len(paths)) for path in paths]
 
     def length(self, record: Record) -> int:
         """The number of tokens of a record; see `size`."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from deadpan.processing.prefix import join_sizes
 from deadpan.processing.processor import Size
 from deadpan.train.plan import MicroBatch
 
@@ -39,12 +40,12 @@ class Load:
 
 def load_of(micro_batch: MicroBatch, sizes: Sequence[Size], packing: bool) -> Load:
     """The load of a micro-batch of records of the given sizes."""
-    chosen = [sizes[index] for index in micro_batch.indices]
+    chosen = [join_sizes([sizes[index] for index in group]) for group in micro_batch.groups]
     tokens = sum(size.tokens for size in chosen)
     width = tokens if packing else max(size.tokens for size in chosen)
     rows = 1 if packing else len(chosen)
     return Load(
-        samples=len(chosen),
+        samples=len(micro_batch.indices),
         tokens=tokens,
         computed=rows * width,
         tiles=sum(size.tiles for size in chosen),

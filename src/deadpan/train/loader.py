@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from deadpan.data.pictures import picture_size
 from deadpan.data.records import IMAGE_TAG, Record, Turn
 from deadpan.environment import usable_cores
 from deadpan.errors import DeadpanError
 from deadpan.processing.collate import Batch, collate
+from deadpan.processing.prefix import join
 from deadpan.processing.processor import Processor, Sample
 from deadpan.train.features import FeatureCache
 from deadpan.train.plan import MicroBatch, Plan
@@ -60,7 +60,7 @@ class MicroBatches(Dataset[tuple[MicroBatch, Batch | DeadpanError]]):
         Raises:
             DeadpanError: If a picture has become unreadable since the survey.
         """
-        return self.of([self._records[i] for i in micro_batch.indices])
+        return self._batch([[self._records[i] for i in group] for group in micro_batch.groups])
 
     def of(self, records: Sequence[Record]) -> Batch:
         """The tensors of any records; a preference pair's two conversations are neighbours.
@@ -68,46 +68,72 @@ class MicroBatches(Dataset[tuple[MicroBatch, Batch | DeadpanError]]):
         Raises:
             DeadpanError: If a picture has become unreadable since the survey.
         """
-        processor = self._processor
+        return self._batch([[record] for record in records])
+
+    def _batch(self, groups: Sequence[Sequence[Record]]) -> Batch:
+        names = [side.name for group in groups for record in group for side in record.sides]
+        return replace(self._tensors(groups), names=names)
+
+    def _tensors(self, groups: Sequence[Sequence[Record]]) -> Batch:
         if self._blank is not None:
-            return self._pictured([processor.record(record) for record in records], self._blank)
+            return self._pictured(self._live(groups), self._blank)
         if self._cache is None:
-            return self._live(records)
-        sides = [side for record in records for side in record.sides]
-        files = [self._cache.paths(side) for side in sides]
+            return self._collated(self._live(groups))
+        laid = [together for group in groups for together in _laid(group)]
+        # Records that lie together have the pictures of their first.
+        firsts = [records[0] for records in laid]
+        files = [self._cache.paths(record) for record in firsts]
         known = [self._cache.read(paths) for paths in files]
         if any(features is None for features in known):
-            return replace(self._live(records), feature_files=self._files(sides, files))
+            batch = self._collated(self._live(groups))
+            return replace(batch, feature_files=self._files(firsts, files))
         samples = [
-            processor.text(side, [len(picture) for picture in features or ()])
-            for side, features in zip(sides, known, strict=True)
+            self._texts(records, [len(picture) for picture in features or ()])
+            for records, features in zip(laid, known, strict=True)
         ]
         pictures = [picture for features in known for picture in features or ()]
-        batch = collate(samples, processor.pad_id, self._packing)
+        batch = self._collated(samples)
         features = torch.cat(pictures) if pictures else None
         return replace(batch, features=features, pictured=bool(pictures))
 
-    def _live(self, records: Sequence[Record]) -> Batch:
-        samples = [sample for record in records for sample in self._processor.samples(record)]
+    def _live(self, groups: Sequence[Sequence[Record]]) -> list[Sample]:
+        """The samples, with the pictures of each group decoded once."""
+        samples = []
+        for first, *others in groups:
+            if others:
+                counts = self._processor.tile_counts(first)
+                texts = (self._processor.text(record, counts) for record in others)
+                samples.append(join([self._processor.record(first), *texts]))
+            else:
+                samples += self._processor.samples(first)
+        return samples
+
+    def _texts(self, records: Sequence[Record], counts: Sequence[int]) -> Sample:
+        return join([self._processor.text(record, counts) for record in records])
+
+    def _collated(self, samples: Sequence[Sample]) -> Batch:
         return collate(samples, self._processor.pad_id, self._packing)
 
     def _pictured(self, samples: list[Sample], blank: Sample) -> Batch:
         if any(sample.pixel_values is not None for sample in samples):
-            return collate(samples, self._processor.pad_id, self._packing)
-        batch = collate([*samples, blank], self._processor.pad_id, self._packing)
-        tokens = batch.tokens - len(blank.input_ids)
-        return replace(batch, names=batch.names[:-1], tokens=tokens, pictured=False)
+            return self._collated(samples)
+        batch = self._collated([*samples, blank])
+        return replace(batch, tokens=batch.tokens - len(blank.input_ids), pictured=False)
 
     def _files(
         self, records: Sequence[Record], files: Sequence[list[Path]]
     ) -> list[tuple[Path, int]]:
         """Where the features of a batch's pictures go, and how many tiles each has."""
-        policy = self._processor.tile_policy
         return [
-            (path, policy.count(picture_size(picture), len(paths)))
+            place
             for record, paths in zip(records, files, strict=True)
-            for path, picture in zip(paths, record.image_paths, strict=True)
+            for place in zip(paths, self._processor.tile_counts(record), strict=True)
         ]
+
+
+def _laid(group: Sequence[Record]) -> list[Sequence[Record]]:
+    """Which conversations of a group lie behind one prefix: all, or of a preference pair each by itself."""
+    return [group] if len(group) > 1 else [[side] for side in group[0].sides]
 
 
 def blank(processor: Processor) -> Batch:

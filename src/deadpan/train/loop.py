@@ -32,6 +32,7 @@ from deadpan.models import lora
 from deadpan.models.answer_loss import plain_model
 from deadpan.models.attention import kernels
 from deadpan.processing.collate import Batch
+from deadpan.processing.prefix import shared_prefixes
 from deadpan.processing.processor import Processor, load_processor
 from deadpan.train import (
     evaluation,
@@ -139,6 +140,7 @@ class Trainer:
             1 if recipe.micro_batch_size == "auto" else recipe.gradient_accumulation_steps * world,
             recipe.seed,
             recipe.max_steps,
+            shared_prefixes(self.survey.records) if recipe.shared_prefix else None,
         )
         self.processes.together(lambda: self._build_model(folder))
         found = None

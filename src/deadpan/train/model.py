@@ -171,17 +171,19 @@ def _is_fused(recipe: Recipe, model: PeftModel, device: torch.device) -> bool:
     if recipe.distributed.engine in ("deepspeed", "fsdp2"):
         # Its weights are stacked, and neither can put those in parts.
         return False
-    wanted = recipe.decoder == "fused" or fp8
+    wanted = recipe.decoder == "fused" or fp8 or recipe.shared_prefix
     if recipe.decoder == "transformers" or (device.type == "cpu" and not wanted):
         return False
     if not wanted and recipe.attention in ("eager", "sdpa"):
         return False
     reason = unsupported(plain_model(model))
     if reason is not None and wanted:
+        without = " and another quantization" if fp8 else ""
+        without += " and shared_prefix=false" if recipe.shared_prefix else ""
         raise DeadpanError(
             f"The fused decoder cannot train this model: {reason}.",
             where="decoder",
-            fix="use decoder=transformers" + (" and another quantization" if fp8 else ""),
+            fix=f"use decoder=transformers{without}",
         )
     return reason is None
 

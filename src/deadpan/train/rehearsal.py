@@ -127,7 +127,7 @@ class Rehearsal:
         self._outcomes: dict[int, _Outcome] = {}
         sizes = trainer.survey.sizes
         shortest = min(range(len(sizes)), key=lambda index: sizes[index].tokens)
-        self._short = MicroBatch(1, 0, (shortest,))
+        self._short = MicroBatch(1, 0, ((shortest,),))
         # With the first step the optimizer's state appears, and kernels are loaded.
         trainer.watcher.measuring("the shortest sample")
         self._ready = self._run([self._short])

@@ -107,6 +107,8 @@ class ProgressWatcher(Watcher):
             f"{plan.records} records, {tokens:,} tokens an epoch, longest {max(survey.lengths):,}; "
             f"{plan.steps} steps of {min(plan.samples_per_step, plan.records)} samples"
         )
+        if plan.groups is not None:
+            self._console.print(f"the records share {len(plan.groups)} prefixes")
         if held_out:
             self._console.print(f"{held_out} records held out, to measure with")
         if survey.skipped:
