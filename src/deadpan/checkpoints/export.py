@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from transformers import InternVLForConditionalGeneration
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from deadpan.checkpoints import keys, probe
 from deadpan.checkpoints.files import WeightFiles, temporary_beside, write_weights
@@ -216,6 +217,9 @@ def _write_hf(
 ) -> None:
     dtype = next(iter(state.values())).dtype
     model.config.architectures = ["InternVLForConditionalGeneration"]
+    # LMDeploy finds the language model's code by this name.
+    text = model.config.text_config
+    text.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
     config = model.config.to_dict()
     for key in ("_name_or_path", "_attn_implementation_autoset", "quantization_config"):
         config.pop(key, None)

@@ -111,7 +111,7 @@ class ConcurrentEngine(ABC):
 
     @abstractmethod
     async def _log_probability(self, prompt: Prompt, choice: list[int]) -> float:
-        """log p(choice | prompt) in nats, summed over its tokens."""
+        """The log-probability of a choice after a prompt, in nats, summed over its tokens."""
 
     @abstractmethod
     def _release(self) -> None:
