@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from deadpan.cli.loading import Attention, Device, Dtype, Engine, MaxTiles, Quantization
+
 if TYPE_CHECKING:
     from deadpan.engines.base import GenerationSettings
 
@@ -44,8 +46,13 @@ def tell(
         ),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Answers computed at once; fewer take less memory.")
-    ] = 8,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Answers computed at once, fewer of which take less memory; by default 8, and 64 with "
+            "vllm and lmdeploy.",
+        ),
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -64,16 +71,12 @@ def tell(
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes drawing repeatable.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens of a joke.")] = 128,
-    max_tiles: Annotated[
-        int | None,
-        typer.Option(help="The most tiles a picture is cut into; by default the checkpoint's own."),
-    ] = None,
-    attention: Annotated[str, typer.Option(help="auto, eager, sdpa, flash or varlen.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto (bf16 on a GPU, else fp32), bf16, fp16 or fp32.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
-    quantization: Annotated[str, typer.Option(help="none or nf4.")] = "none",
+    engine: Engine = "builtin",
+    max_tiles: MaxTiles = None,
+    attention: Attention = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    quantization: Quantization = "none",
     base: Annotated[
         str | None, typer.Option(help="For an adapter whose base model has moved: where it is now.")
     ] = None,
@@ -105,12 +108,13 @@ def tell(
         raise typer.BadParameter("--json goes with PICTURE...; --out writes JSON anyway")
     settings = GenerationSettings(max_new_tokens, temperature, top_p, seed)
     options: dict[str, Any] = {
+        "engine": engine,
         "dtype": dtype,
         "attention": attention,
         "quantization": quantization,
         "max_tiles": max_tiles,
         "base": base,
-        "batch_size": batch_size,
+        "batch_size": batch_size or (8 if engine == "builtin" else 64),
     }
     if many is not None and out is not None:
         _tell_many(model, many, images, out, prompt or PROMPT, n, settings, device, options)
@@ -160,7 +164,9 @@ def _tell_many(
     processes = Processes(device)
     items = processes.lead(lambda: find(many, prompt, images))
     weights = processes.lead(lambda: weights_digest(model, options["base"]))
-    same = ("dtype", "quantization", "max_tiles")
+    same = ["dtype", "quantization", "max_tiles"]
+    if options["engine"] != "builtin":
+        same.append("engine")
     decisive = {"weights": weights, "prompt": prompt, **{key: options[key] for key in same}}
     leads = processes.rank == 0
 
