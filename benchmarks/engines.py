@@ -32,7 +32,6 @@ from PIL import Image, ImageDraw
 from deadpan.checkpoints.export import export
 from deadpan.checkpoints.processor_files import write_json
 from deadpan.config.loader import load_recipe
-from deadpan.data.pictures import open_picture
 from deadpan.data.records import IMAGE_TAG, PROMPT
 from deadpan.engines.base import GenerationSettings, Request
 from deadpan.engines.concurrent import ConcurrentEngine
@@ -57,7 +56,7 @@ def drawn_picture(number: int, size: tuple[int, int]) -> Image.Image:
     image = Image.fromarray(noise).resize(size)
     draw = ImageDraw.Draw(image)
     for _ in range(6):
-        x, y = generator.integers(0, size[0]), generator.integers(0, size[1])
+        x, y = int(generator.integers(0, size[0])), int(generator.integers(0, size[1]))
         colour = tuple(int(c) for c in generator.integers(0, 256, 3))
         draw.ellipse((x - 60, y - 40, x + 60, y + 40), fill=colour)
     return image
@@ -86,7 +85,9 @@ def prepare(scratch: Path, tokenizer: Path, seed_pictures: Path | None, steps: i
     ]
     Trainer(load_recipe("internvl2-2b-lora", overrides), resume=False, watcher=Watcher()).train()
     losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    report = {"losses": [round(line["loss"], 3) for line in losses if "loss" in line]}
+    report: dict[str, Any] = {
+        "losses": [round(line["loss"], 3) for line in losses if "loss" in line]
+    }
     for layout in ("hf", "official"):
         try:
             report[layout] = export(run, scratch / f"exported-{layout}", layout)
@@ -105,7 +106,7 @@ def reference(scratch: Path) -> Any:
     answers = {}
     for question in questions(scratch):
         inputs = {
-            name: tensor.to("cuda")
+            name: tensor.to(teller.model.device)
             for name, tensor in teller.processor(question.images, question.turns).items()
         }
         with torch.inference_mode():
@@ -144,50 +145,46 @@ def one_engine(scratch: Path, name: str) -> Any:
 def compare_answers(teller: Teller, name: str, scratch: Path, asked: list[Request]) -> Any:
     """Prompts and greedy tokens against the reference, all pictures asked at once."""
     expected = json.loads((scratch / "reference.json").read_text())
-    if not isinstance(teller.engine, ConcurrentEngine):
-        texts = {name: teller.processor.decode(e["answer"]) for name, e in expected.items()}
-        jokes = teller.engine.generate(asked, GREEDY)
-        same = [joke.text == texts[q.name] for joke, q in zip(jokes, asked, strict=True)]
-        return {"identical_texts": sum(same), "of": len(asked)}
-    told: dict[int, list[int]] = {}
-    engine, joke_of = teller.engine, teller.engine._joke
+    wanted = [expected[question.name] for question in asked]
+    engine = teller.engine
+    if not isinstance(engine, ConcurrentEngine):
+        jokes = engine.generate(asked, GREEDY)
+        texts = [teller.processor.decode(want["answer"]) for want in wanted]
+        same = [joke.text == text for joke, text in zip(jokes, texts, strict=True)]
+        return {"identical": sum(same), "of": len(asked)}
 
-    def kept(prompt: Any, ids: list[int]) -> Any:
-        told[id(prompt.ids)] = list(ids)
-        prompts.append(prompt)
-        return joke_of(prompt, ids)
+    async def ids(question: Request) -> list[int]:
+        tokens = engine._tokens(engine.prompt(question), GREEDY, False)
+        return [token async for part in tokens for token in part]
 
-    prompts: list[Any] = []
-    engine._joke = kept  # type: ignore[method-assign]
-    engine.generate(asked, GREEDY)
-    del engine._joke
-    by_prompt = {tuple(p.ids): told[id(p.ids)] for p in prompts}
-    rows, equal_prompts = {}, 0
-    # Two pictures of one size have one prompt; then each is asked for itself.
-    for question in asked:
-        want = expected[question.name]
-        prompt = engine.prompt(question)
-        equal_prompts += prompt.ids == want["prompt"]
-        prompts.clear()
-        told.clear()
-        engine._joke = kept  # type: ignore[method-assign]
-        engine.generate([question], GREEDY)
-        del engine._joke
-        (answer,) = told.values()
-        first = next(
-            (i for i, (a, b) in enumerate(zip(answer, want["answer"], strict=False)) if a != b),
-            None if len(answer) == len(want["answer"]) else min(len(answer), len(want["answer"])),
-        )
-        rows[question.name] = {"answer": answer, "first_difference": first}
-    write_json(scratch / f"answers-{name}.json", rows)
-    firsts = [row["first_difference"] for row in rows.values()]
-    return {
-        "equal_prompts": equal_prompts,
-        "identical": firsts.count(None),
-        "of": len(rows),
-        "first_differences": sorted(first for first in firsts if first is not None),
-        "prompts_asked_at_once": len(by_prompt),
+    async def all_ids() -> list[list[int]]:
+        return await asyncio.gather(*map(ids, asked))
+
+    answers = engine._wait(all_ids())
+    firsts = [
+        first_difference(answer, want["answer"])
+        for answer, want in zip(answers, wanted, strict=True)
+    ]
+    rows = {
+        question.name: {"answer": answer, "first_difference": first}
+        for question, answer, first in zip(asked, answers, firsts, strict=True)
     }
+    write_json(scratch / f"answers-{name}.json", rows)
+    prompts = [engine.prompt(question).ids for question in asked]
+    return {
+        "equal_prompts": sum(p == w["prompt"] for p, w in zip(prompts, wanted, strict=True)),
+        "identical": firsts.count(None),
+        "of": len(asked),
+        "first_differences": sorted(first for first in firsts if first is not None),
+    }
+
+
+def first_difference(one: list[int], other: list[int]) -> int | None:
+    """Where two answers part; None if they are the same."""
+    for place, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return place
+    return None if len(one) == len(other) else min(len(one), len(other))
 
 
 def own_of_vllm(teller: Teller, folder: Path, asked: list[Request]) -> Any:
@@ -290,6 +287,7 @@ async def speed(teller: Teller, asking: int) -> Any:
 def gaps(scratch: Path) -> Any:
     """For each answer that differs: the reference's logit less the other's, where they part."""
     teller = load(scratch / "exported-hf", engine="builtin")
+    device = teller.model.device
     expected = json.loads((scratch / "reference.json").read_text())
     report = {}
     for name in ("vllm", "lmdeploy"):
@@ -307,9 +305,9 @@ def gaps(scratch: Path) -> Any:
             ids = torch.cat([inputs["input_ids"], torch.tensor([want[:place]]).long()], dim=1)
             with torch.inference_mode():
                 logits = teller.model(
-                    input_ids=ids.cuda(),
-                    attention_mask=torch.ones_like(ids).cuda(),
-                    pixel_values=inputs["pixel_values"].cuda(),
+                    input_ids=ids.to(device),
+                    attention_mask=torch.ones_like(ids, device=device),
+                    pixel_values=inputs["pixel_values"].to(device),
                     logits_to_keep=1,
                 ).logits[0, -1]
             gap = (logits[want[place]] - logits[row["answer"][place]]).item()
