@@ -57,13 +57,20 @@ class Prompt:
     pictures: list[Picture]
 
 
+_INSTALL = {
+    "vllm": "pip install 'deadpan[vllm]'",
+    # Its own list of requirements has an older peft than training needs.
+    "lmdeploy": "pip install 'deadpan[lmdeploy]' && pip install --no-deps lmdeploy==0.18.0",
+}
+
+
 def check_installed(engine: str) -> None:
     """Raise a DeadpanError if an engine's package is not installed."""
     if find_spec(engine) is None:
         raise DeadpanError(
             f"The engine {engine} is not installed.",
             found=f"no package {engine}",
-            fix=f"pip install 'deadpan[{engine}]' on Linux with an NVIDIA GPU, or use --engine builtin",
+            fix=f"on Linux with an NVIDIA GPU: {_INSTALL[engine]}; or use --engine builtin",
         )
 
 
@@ -82,8 +89,7 @@ def imported(module: str) -> Any:
         raise DeadpanError(
             f"The engine {engine} is installed, but cannot be imported.",
             found=first_line(error),
-            fix=f"install it in a new environment, where it decides PyTorch's version: "
-            f"pip install 'deadpan[{engine}]'",
+            fix=f"install it in a new environment, where it decides PyTorch's version: {_INSTALL[engine]}",
         ) from None
 
 
