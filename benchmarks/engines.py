@@ -189,8 +189,8 @@ def first_difference(one: list[int], other: list[int]) -> int | None:
 
 def own_of_vllm(teller: Teller, folder: Path, asked: list[Request]) -> Any:
     """What vLLM's own processor makes of the export, the chat template and the pictures."""
-    from vllm.config import ModelConfig  # type: ignore[import-not-found]
-    from vllm.multimodal import MULTIMODAL_REGISTRY  # type: ignore[import-not-found]
+    from vllm.config import ModelConfig
+    from vllm.multimodal import MULTIMODAL_REGISTRY
 
     config = ModelConfig(model=str(folder), dtype="bfloat16", limit_mm_per_prompt={"video": 0})
     own = MULTIMODAL_REGISTRY.create_processor(config)

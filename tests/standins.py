@@ -7,6 +7,7 @@ answers can be held against the builtin engine's without a GPU.
 import asyncio
 import copy
 import itertools
+import signal
 import sys
 import threading
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -181,6 +182,7 @@ class AsyncEngineArgs:
     limit_mm_per_prompt: dict[str, int] = field(default_factory=dict)
     mm_processor_cache_gb: float = 4
     disable_log_stats: bool = False
+    shutdown_timeout: int = 0
 
 
 class AsyncLLM:
@@ -188,6 +190,8 @@ class AsyncLLM:
         self._length = engine_args.max_model_len or 0
         self.model = Model(engine_args.model, engine_args.dtype)
         self.model.arguments = engine_args
+        # What a process that is started here would inherit.
+        self.blocked = signal.pthread_sigmask(signal.SIG_BLOCK, set())
 
     @classmethod
     def from_engine_args(cls, engine_args: AsyncEngineArgs) -> "AsyncLLM":

@@ -1,6 +1,7 @@
 """vLLM and LMDeploy behind the engine protocol, held against the builtin engine by stand-ins."""
 
 import asyncio
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -207,6 +208,8 @@ def test_an_engine_is_started_by_what_the_export_says(
         assert arguments.model == str(exported)
         assert arguments.max_model_len == 4096  # what the tiny model has positions for
         assert arguments.gpu_memory_utilization == 0.5
+        assert signal.SIGINT in teller.engine._llm.blocked  # type: ignore[attr-defined]
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
     else:
         assert arguments.session_len == 4096
         assert arguments.cache_max_entry_count == pytest.approx(0.45)

@@ -1,6 +1,7 @@
 """`deadpan tell`."""
 
 import json as json_module
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -123,6 +124,7 @@ def tell(
         teller = load(model, device=device, **options, progress=progress)
     shown = pictures or []
     groups = teller.jokes(shown, prompt or PROMPT, n=n, settings=settings)
+    teller.close()
     for picture, group in zip(shown, groups, strict=True):
         for joke in group:
             if json:
@@ -172,9 +174,11 @@ def _tell_many(
 
     def engine() -> Engine:
         with bar("loading weights", shown=leads) as loading:
-            return load(model, device=str(processes.device), **options, progress=loading).engine
+            teller = load(model, device=str(processes.device), **options, progress=loading)
+        stack.callback(teller.close)
+        return teller.engine
 
-    with bar("telling", shown=leads) as telling:
+    with ExitStack() as stack, bar("telling", shown=leads) as telling:
         summary = tell_all(
             *(items, engine, out, settings, decisive, processes, n, options["batch_size"]), telling
         )

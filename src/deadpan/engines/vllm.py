@@ -8,6 +8,7 @@ processor for InternVL would make (`vllm/model_executor/models/interns1.py`) is 
 import asyncio
 import itertools
 import os
+import signal
 from collections.abc import AsyncGenerator
 from importlib.util import find_spec
 from threading import Thread
@@ -68,6 +69,9 @@ class VllmEngine(ConcurrentEngine):
             ) from None
 
     async def _start(self, export: Export) -> Any:
+        # Ctrl-C reaches all processes of a terminal; vLLM's inherits from this thread that it does not hear it,
+        # and goes on until it is released, when everything asked has been answered.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         arguments = imported("vllm.engine.arg_utils").AsyncEngineArgs(
             model=str(export.folder),
             dtype=str(export.dtype).removeprefix("torch."),
@@ -78,6 +82,8 @@ class VllmEngine(ConcurrentEngine):
             # It keeps what its own processor makes, which is not asked.
             mm_processor_cache_gb=0,
             disable_log_stats=True,
+            # After a SIGTERM of its own, as some send to all of a service's processes: seconds to finish in.
+            shutdown_timeout=120,
         )
         return imported("vllm.v1.engine.async_llm").AsyncLLM.from_engine_args(arguments)
 
