@@ -1,27 +1,31 @@
 """vLLM and LMDeploy behind the engine protocol, held against the builtin engine by stand-ins."""
 
 import asyncio
+import json
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 import deadpan
 from deadpan.checkpoints.export import _write
 from deadpan.checkpoints.load import load as load_checkpoint
 from deadpan.checkpoints.source import Layout
+from deadpan.cli.main import app
 from deadpan.data.records import PROMPT, Turn
 from deadpan.engines.base import Engine, GenerationSettings, Joke, Request
 from deadpan.engines.builtin import BuiltinEngine
 from deadpan.errors import DeadpanError
 from deadpan.serve.tellers import Tellers
-from deadpan.teller import Teller
+from deadpan.teller import Teller, request
 from standins import install, model_in
 
 GREEDY = GenerationSettings(max_new_tokens=8)
@@ -112,8 +116,8 @@ def finished(engine: Engine, request: Request) -> Joke:
 
 
 def test_a_stream_is_the_same_answer_in_pieces(teller: Teller, requests: list[Request]) -> None:
-    for request, joke in zip(requests, teller.engine.generate(requests, GREEDY), strict=True):
-        assert finished(teller.engine, request) == joke
+    for question, joke in zip(requests, teller.engine.generate(requests, GREEDY), strict=True):
+        assert finished(teller.engine, question) == joke
 
 
 def test_the_same_scores_as_the_builtin_engine(
@@ -121,9 +125,9 @@ def test_the_same_scores_as_the_builtin_engine(
 ) -> None:
     choices = ["冷得像周一。", "Why is it funny?", "一只猫。"]
     tolerance = 1e-3 if DTYPE[name] == "fp32" else 0.3
-    for request in requests[:2]:
-        scores = teller.engine.score(request, choices)
-        assert scores == pytest.approx(builtin.score(request, choices), abs=tolerance)
+    for question in requests[:2]:
+        scores = teller.engine.score(question, choices)
+        assert scores == pytest.approx(builtin.score(question, choices), abs=tolerance)
         assert len(set(scores)) == len(choices)
 
 
@@ -294,6 +298,41 @@ def test_what_is_no_export_is_told_how_to_become_one(
         deadpan.load(tmp_path, engine=name, base="elsewhere")
     assert failed.value.found == "an adapter"
     assert f"deadpan export {tmp_path} --base elsewhere exported" in (failed.value.fix or "")
+
+
+def test_an_export_names_the_class_by_which_lmdeploy_finds_its_language_model(
+    exported: Path,
+) -> None:
+    config = json.loads((exported / "config.json").read_text())
+    assert config["architectures"] == ["InternVLForConditionalGeneration"]
+    assert config["text_config"]["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_the_command_line_tells_one_picture_and_a_folder(
+    name: str,
+    exported: Path,
+    pictures: list[Path],
+    builtin: Engine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(monkeypatch)
+    options = ["--engine", name, "--dtype", DTYPE[name], "--max-new-tokens", "8"]
+    # The folder's pictures are told in one go, more of them than the builtin engine takes at once.
+    for number in range(12):
+        copyfile(pictures[number % 4], tmp_path / f"{number:02}.png")
+    out = tmp_path / "jokes.jsonl"
+    command = ["tell", str(exported), "--pictures", str(tmp_path), "--out", str(out), *options]
+    result = CliRunner().invoke(app, command)
+    assert result.exception is None, result.output
+    told = [json.loads(line)["answers"] for line in out.read_text().splitlines()]
+    expected = builtin.generate([request(path, PROMPT) for path in pictures], GREEDY)
+    assert told == [[expected[number % 4].text] for number in range(12)]
+    settings = json.loads((tmp_path / "jokes.settings.json").read_text())
+    assert settings["engine"] == name
+
+    single = CliRunner().invoke(app, ["tell", str(exported), str(pictures[0]), *options])
+    assert single.output.strip() == expected[0].text.strip()
 
 
 def test_without_a_gpu_or_by_an_unknown_name(

@@ -174,7 +174,8 @@ def _tell_many(
 
     def engine() -> Engine:
         with bar("loading weights", shown=leads) as loading:
-            teller = load(model, device=str(processes.device), **options, progress=loading)
+            place = str(processes.device) if processes.world > 1 else device
+            teller = load(model, device=place, **options, progress=loading)
         stack.callback(teller.close)
         return teller.engine
 
