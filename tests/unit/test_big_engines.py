@@ -23,6 +23,7 @@ from deadpan.cli.main import app
 from deadpan.data.records import PROMPT, Turn
 from deadpan.engines.base import Engine, GenerationSettings, Joke, Request
 from deadpan.engines.builtin import BuiltinEngine
+from deadpan.engines.concurrent import _pieces
 from deadpan.errors import DeadpanError
 from deadpan.serve.tellers import Tellers
 from deadpan.teller import Teller, request
@@ -118,6 +119,16 @@ def finished(engine: Engine, request: Request) -> Joke:
 def test_a_stream_is_the_same_answer_in_pieces(teller: Teller, requests: list[Request]) -> None:
     for question, joke in zip(requests, teller.engine.generate(requests, GREEDY), strict=True):
         assert finished(teller.engine, question) == joke
+
+
+def test_a_character_of_several_tokens_is_told_whole(teller: Teller) -> None:
+    ids = teller.processor.choice(" 饿了 饿 ")
+    parts = [[token] for token in ids]
+    assert len(parts) > 6
+    told = list(_pieces(teller.processor, parts))
+    assert "".join(told) == "饿了 饿"
+    assert not [piece for piece in told if "\ufffd" in piece]
+    assert len(told) > 1
 
 
 def test_the_same_scores_as_the_builtin_engine(
