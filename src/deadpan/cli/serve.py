@@ -108,6 +108,8 @@ def serve(
     database = Votes(votes) if page and len(named) > 1 else None
 
     from deadpan.cli.progress import bar
+    from deadpan.engines.builtin import BATCH_SIZE
+    from deadpan.engines.concurrent import ConcurrentEngine
     from deadpan.serve.app import create_app
     from deadpan.serve.pictures import Pictures
     from deadpan.serve.remote import Remote
@@ -128,7 +130,8 @@ def serve(
                 max_tiles=max_tiles,
                 progress=progress,
             ).engine
-    tellers = Tellers(engines, queue, batch or (8 if engine == "builtin" else 64), timeout)
+    size = batch or (BATCH_SIZE if engine == "builtin" else ConcurrentEngine.batch_size)
+    tellers = Tellers(engines, queue, size, timeout)
     max_bytes, max_pixels = max_picture_mb * 2**20, max_megapixels * 10**6
     app = create_app(
         tellers,

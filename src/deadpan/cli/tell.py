@@ -97,6 +97,8 @@ def tell(
     from deadpan.cli.progress import bar
     from deadpan.data.records import PROMPT
     from deadpan.engines.base import GenerationSettings
+    from deadpan.engines.builtin import BATCH_SIZE
+    from deadpan.engines.concurrent import ConcurrentEngine
     from deadpan.teller import load
 
     if bool(pictures) == (many is not None):
@@ -115,7 +117,8 @@ def tell(
         "quantization": quantization,
         "max_tiles": max_tiles,
         "base": base,
-        "batch_size": batch_size or (8 if engine == "builtin" else 64),
+        "batch_size": batch_size
+        or (BATCH_SIZE if engine == "builtin" else ConcurrentEngine.batch_size),
     }
     if many is not None and out is not None:
         _tell_many(model, many, images, out, prompt or PROMPT, n, settings, device, options)

@@ -102,6 +102,9 @@ class ConcurrentEngine(ABC):
         loop: Where the engine runs, in a thread of its own.
     """
 
+    batch_size = 64
+    """How many questions it is worth asking at once."""
+
     def __init__(
         self, processor: Processor, dtype: torch.dtype, loop: asyncio.AbstractEventLoop
     ) -> None:
