@@ -10,9 +10,13 @@ from deadpan.checkpoints.load import Loaded, Progress
 from deadpan.checkpoints.load import load as load_checkpoint
 from deadpan.data.pictures import open_picture
 from deadpan.data.records import IMAGE_TAG, PROMPT, Turn
-from deadpan.engines.base import GenerationSettings, Joke, Request
+from deadpan.engines.base import Engine, GenerationSettings, Joke, Request
 from deadpan.engines.builtin import BATCH_SIZE, BuiltinEngine
-from deadpan.errors import DeadpanError
+from deadpan.engines.concurrent import check_installed
+from deadpan.engines.exported import ENGINES, find_export
+from deadpan.engines.lmdeploy import LmdeployEngine
+from deadpan.engines.vllm import VllmEngine
+from deadpan.errors import DeadpanError, did_you_mean
 from deadpan.processing.processor import Processor
 
 Picture = str | Path | Image.Image
@@ -24,15 +28,18 @@ class Teller:
     Args:
         loaded: What `deadpan.checkpoints.load.load` returns.
         batch_size: Answers computed at once.
+        engine: What answers; by default the builtin engine, with the loaded model.
     """
 
-    def __init__(self, loaded: Loaded, batch_size: int = BATCH_SIZE) -> None:
+    def __init__(
+        self, loaded: Loaded, batch_size: int = BATCH_SIZE, engine: Engine | None = None
+    ) -> None:
         self._loaded = loaded
-        self.engine = BuiltinEngine(loaded, batch_size)
+        self.engine: Engine = engine or BuiltinEngine(loaded, batch_size)
 
     @property
     def model(self) -> Any:
-        """The transformers module."""
+        """The transformers module; None behind vLLM and LMDeploy, which load the model themselves."""
         return self._loaded.model
 
     @property
@@ -144,6 +151,8 @@ def load(
     max_tiles: int | None = None,
     base: str | Path | None = None,
     batch_size: int = BATCH_SIZE,
+    engine: str = "builtin",
+    memory: float = 0.9,
     progress: Progress | None = None,
 ) -> Teller:
     """Load a teller.
@@ -153,15 +162,36 @@ def load(
         device: auto, cpu, cuda or cuda:N.
         dtype: auto (bf16 on a GPU that computes in it, else fp32), bf16, fp16 or fp32.
         attention: auto, eager, sdpa, flash or varlen.
-        quantization: none or nf4.
+        quantization: none, nf4 or fp8.
         max_tiles: Overrides the checkpoint's own tile limit.
         base: For an adapter whose base model has moved: where it is now.
-        batch_size: Answers computed at once.
+        batch_size: Answers computed at once; vLLM and LMDeploy decide it themselves.
+        engine: builtin, vllm or lmdeploy. The last two load exports in the Hugging Face layout, on a GPU. vLLM
+            starts a process, so a script needs `if __name__ == "__main__":`.
+        memory: For vLLM and LMDeploy: the share of the GPU's memory that they may take.
         progress: Called with the number of tensors read and their total.
 
     Raises:
         DeadpanError: If the model cannot be found or loaded, saying why.
     """
+    if engine not in ENGINES:
+        raise DeadpanError(f"The engine {engine!r} is unknown.", fix=did_you_mean(engine, ENGINES))
+    if engine != "builtin":
+        check_installed(engine)
+        export = find_export(
+            model,
+            engine,
+            device=device,
+            dtype=dtype,
+            attention=attention,
+            quantization=quantization,
+            max_tiles=max_tiles,
+            base=base,
+            memory=memory,
+        )
+        kind = VllmEngine if engine == "vllm" else LmdeployEngine
+        started = Loaded(None, export.processor, export.folder, export.folder)
+        return Teller(started, engine=kind(export))
     loaded = load_checkpoint(
         model,
         device=device,

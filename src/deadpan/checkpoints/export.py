@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from transformers import InternVLForConditionalGeneration
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from deadpan.checkpoints import keys, probe
 from deadpan.checkpoints.files import WeightFiles, temporary_beside, write_weights
@@ -216,6 +217,9 @@ def _write_hf(
 ) -> None:
     dtype = next(iter(state.values())).dtype
     model.config.architectures = ["InternVLForConditionalGeneration"]
+    # LMDeploy finds the language model's code by this name.
+    text = model.config.text_config
+    text.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
     config = model.config.to_dict()
     for key in ("_name_or_path", "_attn_implementation_autoset", "quantization_config"):
         config.pop(key, None)
@@ -264,7 +268,11 @@ def _write_official(
     # Fails here, with the file's name, if these files describe another architecture.
     has_head = "lm_head.weight" in state
     expected = to_transformers(config, model.config.image_token_id, has_head, files / "config.json")
-    if expected.text_config.to_diff_dict() != model.config.text_config.to_diff_dict():
+    theirs, ours = (
+        {**text.to_diff_dict(), "architectures": None}
+        for text in (expected.text_config, model.config.text_config)
+    )
+    if theirs != ours:
         raise DeadpanError(
             "The official files describe another language model.",
             where=files / "config.json",

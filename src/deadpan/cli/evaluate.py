@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from deadpan.cli.loading import Device, Dtype
+
 if TYPE_CHECKING:
     from deadpan.data.records import Record
     from deadpan.evaluate.answers import Question
@@ -54,10 +56,8 @@ def evaluate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides which choice questions are drawn.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 64,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto (bf16 on a GPU, else fp32), bf16, fp16 or fp32.")
-    ] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Put tellers into figures: what they say, what they know, and whether two of them differ.
 

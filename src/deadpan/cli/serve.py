@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from deadpan.cli.loading import Attention, Device, Dtype, Engine, MaxTiles, Quantization
+
 if TYPE_CHECKING:
-    from deadpan.engines.base import Engine
+    from deadpan.engines import base
 
 
 def serve(
@@ -39,7 +41,13 @@ def serve(
         int,
         typer.Option(min=8, help="Questions that may wait for one model; more are refused (429)."),
     ] = 64,
-    batch: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 8,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Questions answered at once; by default 8, and 64 with vllm and lmdeploy.",
+        ),
+    ] = None,
     timeout: Annotated[
         float, typer.Option(min=1, help="Seconds from a question to the end of its answer.")
     ] = 120.0,
@@ -65,16 +73,12 @@ def serve(
             metavar="DIR", help="Run folders that the page shows, if there is such a folder."
         ),
     ] = Path("runs"),
-    max_tiles: Annotated[
-        int | None,
-        typer.Option(help="The most tiles a picture is cut into; by default the checkpoint's own."),
-    ] = None,
-    attention: Annotated[str, typer.Option(help="auto, eager, sdpa, flash or varlen.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto (bf16 on a GPU, else fp32), bf16, fp16 or fp32.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
-    quantization: Annotated[str, typer.Option(help="none or nf4.")] = "none",
+    engine: Engine = "builtin",
+    max_tiles: MaxTiles = None,
+    attention: Attention = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    quantization: Quantization = "none",
 ) -> None:
     """Serve models: a web page at /, and OpenAI's API under /v1 (chat completions with pictures, streams, models).
 
@@ -84,6 +88,10 @@ def serve(
     SIGTERM or Ctrl-C stops it: it takes nothing new, and answers what it has been asked.
 
     Example: deadpan serve base=OpenGVLab/InternVL2-2B tuned=runs/first --port 8000
+
+    vLLM and LMDeploy take no settings: template, tile policy and stop token are in the export.
+
+    Example: deadpan serve exports/first --engine vllm
     """
     from deadpan.errors import DeadpanError
     from deadpan.serve.server import listen
@@ -100,17 +108,21 @@ def serve(
     database = Votes(votes) if page and len(named) > 1 else None
 
     from deadpan.cli.progress import bar
+    from deadpan.engines.builtin import BATCH_SIZE
+    from deadpan.engines.concurrent import ConcurrentEngine
     from deadpan.serve.app import create_app
     from deadpan.serve.pictures import Pictures
     from deadpan.serve.remote import Remote
     from deadpan.serve.tellers import Tellers
     from deadpan.teller import load
 
-    engines: dict[str, Engine] = {}
+    engines: dict[str, base.Engine] = {}
     for name, model in named.items():
         with bar(f"loading {name}") as progress:
             engines[name] = load(
                 model,
+                engine=engine,
+                memory=0.9 / len(named),
                 device=device,
                 dtype=dtype,
                 attention=attention,
@@ -118,7 +130,8 @@ def serve(
                 max_tiles=max_tiles,
                 progress=progress,
             ).engine
-    tellers = Tellers(engines, queue, batch, timeout)
+    size = batch or (BATCH_SIZE if engine == "builtin" else ConcurrentEngine.batch_size)
+    tellers = Tellers(engines, queue, size, timeout)
     max_bytes, max_pixels = max_picture_mb * 2**20, max_megapixels * 10**6
     app = create_app(
         tellers,

@@ -1,10 +1,13 @@
 """`deadpan tell`."""
 
 import json as json_module
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from deadpan.cli.loading import Attention, Device, Dtype, Engine, MaxTiles, Quantization
 
 if TYPE_CHECKING:
     from deadpan.engines.base import GenerationSettings
@@ -44,8 +47,13 @@ def tell(
         ),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Answers computed at once; fewer take less memory.")
-    ] = 8,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Answers computed at once, fewer of which take less memory; by default 8, and 64 with "
+            "vllm and lmdeploy.",
+        ),
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -64,16 +72,12 @@ def tell(
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes drawing repeatable.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens of a joke.")] = 128,
-    max_tiles: Annotated[
-        int | None,
-        typer.Option(help="The most tiles a picture is cut into; by default the checkpoint's own."),
-    ] = None,
-    attention: Annotated[str, typer.Option(help="auto, eager, sdpa, flash or varlen.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto (bf16 on a GPU, else fp32), bf16, fp16 or fp32.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
-    quantization: Annotated[str, typer.Option(help="none or nf4.")] = "none",
+    engine: Engine = "builtin",
+    max_tiles: MaxTiles = None,
+    attention: Attention = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    quantization: Quantization = "none",
     base: Annotated[
         str | None, typer.Option(help="For an adapter whose base model has moved: where it is now.")
     ] = None,
@@ -93,6 +97,8 @@ def tell(
     from deadpan.cli.progress import bar
     from deadpan.data.records import PROMPT
     from deadpan.engines.base import GenerationSettings
+    from deadpan.engines.builtin import BATCH_SIZE
+    from deadpan.engines.concurrent import ConcurrentEngine
     from deadpan.teller import load
 
     if bool(pictures) == (many is not None):
@@ -105,12 +111,14 @@ def tell(
         raise typer.BadParameter("--json goes with PICTURE...; --out writes JSON anyway")
     settings = GenerationSettings(max_new_tokens, temperature, top_p, seed)
     options: dict[str, Any] = {
+        "engine": engine,
         "dtype": dtype,
         "attention": attention,
         "quantization": quantization,
         "max_tiles": max_tiles,
         "base": base,
-        "batch_size": batch_size,
+        "batch_size": batch_size
+        or (BATCH_SIZE if engine == "builtin" else ConcurrentEngine.batch_size),
     }
     if many is not None and out is not None:
         _tell_many(model, many, images, out, prompt or PROMPT, n, settings, device, options)
@@ -119,6 +127,7 @@ def tell(
         teller = load(model, device=device, **options, progress=progress)
     shown = pictures or []
     groups = teller.jokes(shown, prompt or PROMPT, n=n, settings=settings)
+    teller.close()
     for picture, group in zip(shown, groups, strict=True):
         for joke in group:
             if json:
@@ -160,15 +169,20 @@ def _tell_many(
     processes = Processes(device)
     items = processes.lead(lambda: find(many, prompt, images))
     weights = processes.lead(lambda: weights_digest(model, options["base"]))
-    same = ("dtype", "quantization", "max_tiles")
+    same = ["dtype", "quantization", "max_tiles"]
+    if options["engine"] != "builtin":
+        same.append("engine")
     decisive = {"weights": weights, "prompt": prompt, **{key: options[key] for key in same}}
     leads = processes.rank == 0
 
     def engine() -> Engine:
         with bar("loading weights", shown=leads) as loading:
-            return load(model, device=str(processes.device), **options, progress=loading).engine
+            place = str(processes.device) if processes.world > 1 else device
+            teller = load(model, device=place, **options, progress=loading)
+        stack.callback(teller.close)
+        return teller.engine
 
-    with bar("telling", shown=leads) as telling:
+    with ExitStack() as stack, bar("telling", shown=leads) as telling:
         summary = tell_all(
             *(items, engine, out, settings, decisive, processes, n, options["batch_size"]), telling
         )

@@ -1,8 +1,9 @@
 """Several engines that many people ask at once.
 
-An engine computes in one thread of its own, so the event loop never waits for it and no engine meets two threads.
-Questions wait in a queue of limited length; those that wait together and are to be answered in the same way go to the
-engine as one batch. A question whose asker has gone before its turn is dropped.
+The builtin engine computes in one thread of its own, so the event loop never waits for it and it never meets two
+threads. Questions wait in a queue of limited length; those that wait together and are to be answered in the same way
+go to the engine as one batch. An engine that batches by itself is asked from as many threads as it is to answer
+questions at once, each for itself. A question whose asker has gone before its turn is dropped.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ from PIL import Image
 
 from deadpan.data.records import Turn
 from deadpan.engines.base import Engine, GenerationSettings, Joke, Request
+from deadpan.engines.concurrent import ConcurrentEngine
 from deadpan.errors import DeadpanError, did_you_mean
 
 _END = None
@@ -56,16 +58,21 @@ class _Job:
 
 
 class _Worker:
-    """An engine's thread and its queue."""
+    """An engine's threads and their queue."""
 
     def __init__(self, name: str, engine: Engine, queue_limit: int, batch_size: int) -> None:
         self._name, self._engine = name, engine
-        self._queue_limit, self._batch_size = queue_limit, batch_size
+        concurrent = isinstance(engine, ConcurrentEngine)
+        self._queue_limit, self._batch_size = queue_limit, 1 if concurrent else batch_size
         self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._closing = False
-        self._thread = threading.Thread(target=self._work, name=f"teller {name}", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"teller {name}", daemon=True)
+            for _ in range(batch_size if concurrent else 1)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def put(self, job: _Job) -> None:
         with self._changed:
@@ -86,8 +93,9 @@ class _Worker:
         """Answer what waits, then release the engine."""
         with self._changed:
             self._closing = True
-            self._changed.notify()
-        self._thread.join()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
         self._engine.close()
 
     def waiting(self) -> int:

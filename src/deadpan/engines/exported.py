@@ -1,0 +1,121 @@
+"""What vLLM and LMDeploy are started with: an export, and what travels in it.
+
+They load transformers' layout by themselves. Template, tile policy and stop token are read from the folder by
+deadpan's own processor, so nothing is chosen by a folder's name or a flag.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deadpan.checkpoints.load import DTYPES
+from deadpan.checkpoints.source import Layout, detect, resolve
+from deadpan.environment import best_device
+from deadpan.errors import DeadpanError, did_you_mean
+from deadpan.processing.processor import Processor, load_processor
+from deadpan.processing.tokenizer import read_json
+
+ENGINES = ("builtin", "vllm", "lmdeploy")
+
+_LONGEST_ANSWER = 2048
+
+
+@dataclass(frozen=True)
+class Export:
+    """A model that an engine loads from its folder.
+
+    Attributes:
+        folder: Where it lies.
+        processor: What makes its inputs.
+        dtype: What it computes in.
+        length: The most tokens of a prompt and its answer.
+        memory: The share of the GPU's memory that it may take.
+    """
+
+    folder: Path
+    processor: Processor
+    dtype: torch.dtype
+    length: int
+    memory: float
+
+
+def find_export(
+    model: str | Path,
+    engine: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    attention: str = "auto",
+    quantization: str = "none",
+    max_tiles: int | None = None,
+    base: str | Path | None = None,
+    memory: float = 0.9,
+) -> Export:
+    """Find a model for vLLM or LMDeploy; the arguments are those of `deadpan.load`.
+
+    Raises:
+        DeadpanError: If it is none that they load, or is to be loaded in a way that is not theirs.
+    """
+    folder = resolve(model)
+    layout = detect(folder)
+    if layout is not Layout.HF:
+        what = "an adapter" if layout is Layout.ADAPTER else "a model in the official layout"
+        moved = "" if base is None else f" --base {base}"
+        raise DeadpanError(
+            f"{engine} loads whole models in the layout hf.",
+            where=folder,
+            found=what,
+            fix=f"write one, and load that: deadpan export {model}{moved} exported --layout hf",
+        )
+    _check_options(engine, device, attention, quantization, base)
+    types = ("auto", "bf16", "fp16") if engine == "lmdeploy" else ("auto", *DTYPES)
+    if dtype not in types:
+        raise DeadpanError(
+            f"{engine} does not compute in {dtype!r}.", fix=did_you_mean(dtype, types)
+        )
+    if best_device() != "cuda":
+        raise DeadpanError(
+            f"{engine} needs an NVIDIA GPU, and PyTorch sees none here.",
+            fix="deadpan doctor says what is there; --engine builtin runs on a CPU too",
+        )
+    processor = load_processor(folder, max_tiles)
+    positions = _text_config(folder).get("max_position_embeddings", 32768)
+    return Export(
+        folder,
+        processor,
+        # What the builtin engine computes in on a GPU.
+        DTYPES["bf16" if dtype == "auto" else dtype],
+        min(positions, processor.max_length + _LONGEST_ANSWER),
+        memory,
+    )
+
+
+def _check_options(
+    engine: str, device: str, attention: str, quantization: str, base: str | Path | None
+) -> None:
+    """Refuse what only the builtin engine does."""
+    for option, value, known in (
+        ("--attention", attention, "auto"),
+        ("--quantization", quantization, "none"),
+        ("--base", base, None),
+    ):
+        if value != known:
+            raise DeadpanError(
+                f"{engine} does not take {option}.",
+                found=str(value),
+                fix=f"leave it out, or use --engine builtin with {option}",
+            )
+    if device not in ("auto", "cuda", "cuda:0"):
+        raise DeadpanError(
+            f"{engine} computes on the first GPU that it sees.",
+            found=f"--device {device}",
+            expected="auto or cuda",
+            fix="show it one: CUDA_VISIBLE_DEVICES=1 deadpan ...",
+        )
+
+
+def _text_config(folder: Path) -> dict[str, Any]:
+    text: dict[str, Any] = read_json(folder / "config.json").get("text_config") or {}
+    return text
