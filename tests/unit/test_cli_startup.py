@@ -32,3 +32,15 @@ def test_nothing_heavy_is_imported_before_a_verb_runs(code: str, imported: set[s
     modules = set(result.stdout.split())
     assert "deadpan" in modules
     assert modules & HEAVY == imported
+
+
+def test_a_mistake_in_a_recipe_is_told_before_pytorch_is_imported() -> None:
+    code = (
+        "import sys; sys.argv = ['deadpan', 'train', 'nano', 'lora.rank=8']\n"
+        "from deadpan.cli.main import run\n"
+        "try:\n    run()\nfinally:\n    print(*sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "'lora.rank' is unknown" in result.stderr
+    assert set(result.stdout.split()) & HEAVY == {"pydantic"}

@@ -12,8 +12,9 @@ from deadpan.data.records import Turn, load
 from deadpan.errors import DeadpanError
 from deadpan.processing.processor import load_processor
 from deadpan.train import loader, parallel
+from deadpan.train.launcher import leads, one_of_a_host_tells
 from deadpan.train.plan import MicroBatch
-from deadpan.train.processes import Processes, check_recipe, leads, one_of_a_host_tells
+from deadpan.train.processes import Processes, check_recipe
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,8 @@ def _tell_many(
     from deadpan.cli.progress import bar
     from deadpan.engines.base import Engine
     from deadpan.teller import check_number, load
-    from deadpan.train.processes import Processes, one_of_a_host_tells
+    from deadpan.train.launcher import one_of_a_host_tells
+    from deadpan.train.processes import Processes
 
     with one_of_a_host_tells():
         check_number(n, settings)

@@ -64,16 +64,19 @@ def train(
     from rich.console import Console
 
     from deadpan.config.loader import load_recipe
-    from deadpan.train.loop import Trainer
-    from deadpan.train.processes import leads, one_of_a_host_tells
-    from deadpan.train.state import resume_command
-    from deadpan.train.watcher import ProgressWatcher
+    from deadpan.train.launcher import leads, one_of_a_host_tells
 
+    # Before the rest is imported, which takes seconds: a mistake in the recipe is told at once.
     with one_of_a_host_tells():
         resolved = load_recipe(recipe, overrides or ())
     if dry_run:
         _print_forecast(resolved, resume_from or resume, as_json)
         return
+
+    from deadpan.train.loop import Trainer
+    from deadpan.train.state import resume_command
+    from deadpan.train.watcher import ProgressWatcher
+
     with ProgressWatcher(Console(stderr=True, quiet=not leads())) as watcher:
         result = Trainer(resolved, resume_from or resume, watcher).train()
     if not leads():

@@ -25,6 +25,7 @@ from torch import distributed, nn
 from deadpan.checkpoints.load import choose_device
 from deadpan.config.schema import Recipe
 from deadpan.errors import DeadpanError
+from deadpan.train.launcher import one_of_a_host_tells
 from deadpan.train.memory import ran_out
 
 _PATIENCE = timedelta(hours=2)
@@ -36,21 +37,6 @@ _STARTED_AS_ONE_OF_SEVERAL = {
 """What torchrun and the kinds of MPI tell a process."""
 
 T = TypeVar("T")
-
-
-def leads() -> bool:
-    """Whether this is the process that speaks, as the launcher tells; true without a launcher."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-@contextmanager
-def one_of_a_host_tells() -> Iterator[None]:
-    """For mistakes met before the processes know one another: all of a host meet the same ones."""
-    try:
-        yield
-    except DeadpanError as error:
-        error.told_elsewhere = os.environ.get("LOCAL_RANK", "0") != "0"
-        raise
 
 
 class Processes:
