@@ -128,7 +128,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path)
-    parser.add_argument("--quantization", nargs="+", choices=["none", "nf4"], default=["none"])
+    parser.add_argument(
+        "--quantization", nargs="+", choices=["none", "nf4", "fp8"], default=["none"]
+    )
     parser.add_argument("--checkpointing", nargs="+", choices=["on", "off"], default=["on"])
     parser.add_argument("--micro-batch", nargs="+", default=["8"], metavar="N|auto")
     parser.add_argument("--packing", nargs="+", choices=["on", "off"], default=["on"])
