@@ -346,6 +346,21 @@ def test_the_command_line_tells_one_picture_and_a_folder(
     assert single.output.strip() == expected[0].text.strip()
 
 
+def test_an_export_that_lmdeploy_would_not_find_the_code_for_is_written_anew(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch)
+    for path in exported.iterdir():
+        copyfile(path, tmp_path / path.name)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["architectures"] = None
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DeadpanError, match="does not name") as failed:
+        deadpan.load(tmp_path, engine="lmdeploy")
+    assert f"deadpan export {tmp_path} exported" in (failed.value.fix or "")
+    deadpan.load(tmp_path, engine="vllm").close()
+
+
 def test_without_a_gpu_or_by_an_unknown_name(
     exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,6 @@ deadpan's own processor, so nothing is chosen by a folder's name or a flag.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -80,8 +79,16 @@ def find_export(
             f"{engine} needs an NVIDIA GPU, and PyTorch sees none here.",
             fix="deadpan doctor says what is there; --engine builtin runs on a CPU too",
         )
+    text = read_json(folder / "config.json").get("text_config") or {}
+    if engine == "lmdeploy" and not text.get("architectures"):
+        raise DeadpanError(
+            "The export does not name its language model's class, by which lmdeploy finds the code for it.",
+            where=folder / "config.json",
+            expected="text_config.architectures",
+            fix=f"write it anew, and load that: deadpan export {model} exported --layout hf",
+        )
     processor = load_processor(folder, max_tiles)
-    positions = _text_config(folder).get("max_position_embeddings", 32768)
+    positions = text.get("max_position_embeddings", 32768)
     return Export(
         folder,
         processor,
@@ -114,8 +121,3 @@ def _check_options(
             expected="auto or cuda",
             fix="show it one: CUDA_VISIBLE_DEVICES=1 deadpan ...",
         )
-
-
-def _text_config(folder: Path) -> dict[str, Any]:
-    text: dict[str, Any] = read_json(folder / "config.json").get("text_config") or {}
-    return text
