@@ -89,7 +89,7 @@ class Model:
 
 
 # vLLM: vllm/sampling_params.py, vllm/inputs/engine.py, vllm/multimodal/inputs.py, vllm/engine/arg_utils.py,
-# vllm/v1/engine/async_llm.py, vllm/outputs.py.
+# vllm/usage/usage_lib.py, vllm/v1/engine/async_llm.py, vllm/outputs.py.
 
 
 class RequestOutputKind(Enum):
@@ -173,6 +173,11 @@ def tokens_input(
     return {"type": "token", "prompt_token_ids": prompt_token_ids}
 
 
+class UsageContext(Enum):
+    LLM_CLASS = "LLM_CLASS"
+    ENGINE_CONTEXT = "ENGINE_CONTEXT"
+
+
 @dataclass
 class AsyncEngineArgs:
     model: str = "Qwen/Qwen3-0.6B"
@@ -194,7 +199,13 @@ class AsyncLLM:
         self.blocked = signal.pthread_sigmask(signal.SIG_BLOCK, set())
 
     @classmethod
-    def from_engine_args(cls, engine_args: AsyncEngineArgs) -> "AsyncLLM":
+    def from_engine_args(
+        cls,
+        engine_args: AsyncEngineArgs,
+        start_engine_loop: bool = True,
+        usage_context: UsageContext = UsageContext.ENGINE_CONTEXT,
+    ) -> "AsyncLLM":
+        assert usage_context is UsageContext.LLM_CLASS
         if engine_args.gpu_memory_utilization < 0.1:
             raise RuntimeError("Engine core initialization failed. See root cause above.")
         return cls(engine_args)
@@ -380,6 +391,8 @@ _MODULES: dict[str, list[Any]] = {
     "vllm.sampling_params": [SamplingParams, RequestOutputKind],
     "vllm.engine": [],
     "vllm.engine.arg_utils": [AsyncEngineArgs],
+    "vllm.usage": [],
+    "vllm.usage.usage_lib": [UsageContext],
     "vllm.v1": [],
     "vllm.v1.engine": [],
     "vllm.v1.engine.async_llm": [AsyncLLM],

@@ -85,7 +85,11 @@ class VllmEngine(ConcurrentEngine):
             # After a SIGTERM of its own, as some send to all of a service's processes: seconds to finish in.
             shutdown_timeout=120,
         )
-        return imported("vllm.v1.engine.async_llm").AsyncLLM.from_engine_args(arguments)
+        return imported("vllm.v1.engine.async_llm").AsyncLLM.from_engine_args(
+            arguments,
+            # By it vLLM chooses how many tokens a step reads; otherwise a step would have room for one picture.
+            usage_context=imported("vllm.usage.usage_lib").UsageContext.LLM_CLASS,
+        )
 
     def _release(self) -> None:
         self._llm.shutdown()
