@@ -114,7 +114,7 @@ def hear(
         bars: Shows loading, scoring and asking.
         device: auto, cpu, cuda or cuda:N.
         dtype: auto, bf16, fp16 or fp32.
-        quantization: none or nf4.
+        quantization: none, nf4 or fp8.
         max_tiles: Overrides the checkpoint's own tile limit.
         kept: Where what was heard before is, and what is heard now goes. If nothing is missing, the weights are
             not even loaded.
