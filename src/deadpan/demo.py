@@ -7,28 +7,29 @@ the step at hand; training itself goes on from its newest checkpoint. With one s
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from deadpan import __version__, nano
 from deadpan.checkpoints.export import export
-from deadpan.checkpoints.load import load
+from deadpan.compare.page import Column, page_of
+from deadpan.compare.tellers import about
 from deadpan.config.loader import load_recipe
 from deadpan.data.checks import check
-from deadpan.data.records import IMAGE_TAG, Record
+from deadpan.data.records import Record
 from deadpan.data.records import load as load_records
 from deadpan.engines.base import GenerationSettings
-from deadpan.engines.builtin import BuiltinEngine
 from deadpan.errors import DeadpanError
-from deadpan.evaluate.answers import Answer, Question, ask, questions, read, write
-from deadpan.evaluate.evaluation import GROUNDED_JOKES, Evaluation, evaluate, rows
-from deadpan.evaluate.likelihood import answer_loss
-from deadpan.evaluate.memorisation import verbatim
-from deadpan.report import comparison, curves, figure
+from deadpan.evaluate.answers import Answer, Question, questions, read, write
+from deadpan.evaluate.evaluation import GROUNDED_JOKES, Evaluation, evaluate
+from deadpan.evaluate.hearing import Asking, hear
+from deadpan.evaluate.statistics import Items
+from deadpan.report import comparison
+from deadpan.report.words import Bilingual
 from deadpan.train import state
 from deadpan.train.loop import Trainer
 from deadpan.train.watcher import Watcher
@@ -137,7 +138,12 @@ class Demo:
     def figures(self) -> dict[str, Evaluation]:
         """Both tellers in figures, from what they said; there once they are evaluated."""
         return {
-            label: evaluate(self._asked, self._answers(name), self._by_heart, self._loss(name))
+            label: evaluate(
+                self._asked,
+                self._answers(name),
+                self._by_heart,
+                likelihood=self._likelihood(name),
+            )
             for label, name in (("base", "base"), ("fine-tuned", "tuned"))
         }
 
@@ -218,78 +224,67 @@ class Demo:
         return self._answers("export")[0].text
 
     def _report(self, progress: Progress) -> str:
-        base, tuned, exported = (self._answers(name) for name in ("base", "tuned", "export"))
+        tuned, exported = (self._answers(name) for name in ("tuned", "export"))
         same = sum(a.text == b.text for a, b in zip(tuned, exported, strict=True))
         held = json.loads((self.folder / "model" / "export.json").read_text(encoding="utf-8"))
-        curve = curves.read(self.folder / "run")
-        page = comparison.Comparison(
+        base = about("base", nano.MODEL)
+        fine_tuned = about("fine-tuned", self.folder / "model", self.folder / "run")
+        page = page_of(
             title="冷笑话: nano before and after",
-            summary=(
+            summary=Bilingual(
                 "Pictures that the model never saw in training, what it said of them before, and what after "
                 "fine-tuning. Nano is a small model of drawn scenes: it shows the machinery, not what a large "
-                "model can do."
+                "model can do.",
+                "模型训练时没见过的图片，微调前后它各说了什么。nano 是一个只认得手绘小景的小模型："
+                "它演示的是整套流程，而不是大模型的本事。",
             ),
-            question=self._asked[0].turns[-1].text.replace(IMAGE_TAG, "").strip(),
-            pictures=[question.pictures[0] for question in self._asked],
-            tellers=[
-                comparison.Teller("base", "nano as it comes", self._said(base, mark=False)),
-                comparison.Teller(
-                    "fine-tuned",
-                    "recipe nano, exported to hf and reloaded",
-                    self._said(exported, mark=True),
-                ),
+            asked=self._asked,
+            columns=[
+                Column(teller, [[answer] for answer in self._answers(name)], figures)
+                for teller, name, figures in (
+                    (base, "base", self.figures["base"]),
+                    (fine_tuned, "export", self.figures["fine-tuned"]),
+                )
             ],
-            figures=rows(list(self.figures.values())),
-            facts=[
-                ("seed", str(self._recipe.seed)),
-                ("training", f"{self._done['fine-tune']['seconds']:.0f} s"),
-                ("export: largest difference of logits", f"{held['max_logit_difference']:.3g}"),
-                ("export: same answer", f"{same} of {len(tuned)}"),
-            ],
-            version=__version__,
-            curves=figure.svg([curve]),
+            settings={
+                "decoding": "greedy",
+                "evaluated on": str(_HELD_OUT),
+                "training": f"{self._done['fine-tune']['seconds']:.0f} s",
+                "export: largest difference of logits": f"{held['max_logit_difference']:.3g}",
+                "export: same answer": f"{same} / {len(tuned)}",
+            },
         )
         comparison.write(page, self.report)
         return f"{len(self._asked)} pictures, both tellers side by side"
 
     def _listen(self, name: str, model: str | Path, progress: Progress, score: bool) -> None:
-        """Ask a model every question and keep what it says and, if wished, the held-out loss."""
-        loaded = load(model, device="cpu", dtype="fp32")
-        total = len(self._asked) + (len(self._records) if score else 0)
-        loss = None
-        if score:
-            loss, _ = answer_loss(
-                loaded.model,
-                loaded.processor,
-                self._records,
-                progress=lambda done, _: progress(done, total),
-            )
-        start = total - len(self._asked)
-        answers = list(
-            ask(
-                BuiltinEngine(loaded),
-                self._asked,
-                GenerationSettings(_LONGEST_ANSWER),
-                progress=lambda done, _: progress(start + done, total),
-            )
+        """Ask a model every question and keep what it says and, if wished, how likely it finds what people said."""
+
+        @contextmanager
+        def stage(title: str) -> Iterator[Progress]:
+            # One bar for all stages: it starts anew with each.
+            self._telling.note(title)
+            yield progress
+
+        heard = hear(
+            model,
+            [Asking(self._asked, GenerationSettings(_LONGEST_ANSWER))],
+            self._records if score else (),
+            bars=stage,
+            device="cpu",
+            dtype="fp32",
         )
-        write(answers, self.folder / f"{name}.jsonl")
-        state.write_whole(self.folder / f"{name}.json", json.dumps({"loss": loss}) + "\n")
+        write([said[0] for said in heard.answers[0]], self.folder / f"{name}.jsonl")
+        likelihood = [asdict(items) for items in heard.likelihood]
+        text = json.dumps({"likelihood": likelihood}, ensure_ascii=False)
+        state.write_whole(self.folder / f"{name}.json", text + "\n")
 
     def _answers(self, name: str) -> list[Answer]:
         return read(self.folder / f"{name}.jsonl")
 
-    def _loss(self, name: str) -> float:
-        return float(json.loads((self.folder / f"{name}.json").read_text())["loss"])
-
-    def _said(self, answers: Sequence[Answer], mark: bool) -> dict[Path, list[comparison.Said]]:
-        known = verbatim([answer.text for answer in answers], self._by_heart)
-        return {
-            question.pictures[0]: [
-                comparison.Said(answer.text, ("verbatim",) if mark and heard_before else ())
-            ]
-            for question, answer, heard_before in zip(self._asked, answers, known, strict=True)
-        }
+    def _likelihood(self, name: str) -> list[Items]:
+        held = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+        return [Items(**items) for items in held["likelihood"]]
 
 
 class _TrainingProgress(Watcher):

@@ -66,7 +66,8 @@ def test_every_step_is_told(told: tuple[Path, str]) -> None:
     for number, title in enumerate(STEPS, start=1):
         assert f"{number}/{len(STEPS)} {title}" in out
     assert f"Look at {folder / 'report.html'} in a browser" in " ".join(out.split())
-    page = (folder / "report.html").read_text(encoding="utf-8")
+    # Without the marks in answers that are nearly training answers.
+    page = re.sub("</?mark>", "", (folder / "report.html").read_text(encoding="utf-8"))
     assert page.count("data:image/") == 120
     assert page.count("<svg") == 1
     for name in ("base", "export"):

@@ -180,6 +180,43 @@ def test_the_run_is_evaluated_and_drawn(desk: Path, training: Outcome, records: 
     assert json.loads(doctor.out)
 
 
+def test_tellers_stand_side_by_side(
+    desk: Path, exports: dict[str, Outcome], records: Path, pictures: list[Path], jokes: list[str]
+) -> None:
+    photos = desk / "photos"
+    photos.mkdir()
+    for picture in pictures[:2]:
+        (photos / picture.name).write_bytes(picture.read_bytes())
+    (photos / "torn.png").write_bytes(pictures[0].read_bytes()[:150])
+    command = [
+        "compare", "base=nano", "runs/first", "exported=out/hf", "--data", records,
+        "--prompt", "请你根据这张图片，讲一个脑洞大开的梗。", "--out", "side/page.html",
+        # As a shell writes out a pattern.
+        "--pictures", "photos", *pictures[2:],
+    ]  # fmt: skip
+    (told,) = deadpan(desk, command)
+    assert (told.code, "Traceback" in told.error) == (1, False), told.error
+    assert "not asked about: The picture is damaged" in told.error
+    assert "photos/torn.png" in told.error
+    assert "base: no verbatim from training" in told.out
+    page = (desk / "side" / "page.html").read_text(encoding="utf-8")
+    assert page.count("<img") == 4
+    assert "broken, and shown to no teller: The picture is damaged" in page
+    # The run has learned its four answers by heart, and its export says where it comes from.
+    assert page.count("a training answer, word for word") == 8
+    assert [page.count(joke) for joke in jokes] == [2, 2, 2, 2]
+    assert page.count("<svg") == 1
+    assert "first, exported" in page
+    for text in ("2T1 accuracy", "the records have no stars", "base: it is not known what it was"):
+        assert text in page
+    kept = (desk / "side" / "page.answers.jsonl").read_bytes()
+    (photos / "torn.png").unlink()
+    (again,) = deadpan(desk, command)
+    assert again.code == 0, again.error
+    assert (desk / "side" / "page.answers.jsonl").read_bytes() == kept
+    assert "broken" not in (desk / "side" / "page.html").read_text(encoding="utf-8")
+
+
 def test_a_users_mistake_is_a_message_that_names_the_file(
     desk: Path,
     training: Outcome,
@@ -208,6 +245,14 @@ def test_a_users_mistake_is_a_message_that_names_the_file(
         ("tell", "./nothing", str(pictures[0])): ["There is no model './nothing'"],
         ("tell", "runs/first", str(broken)): [f"where: {broken}"],
         ("export", "runs/first", "runs"): ["exists already", "where: runs"],
+        ("compare", "a=nano", "a=runs/first", "--data", "nano:held-out"): [
+            "Two tellers are called 'a'",
+            "NAME=runs/first",
+        ],
+        ("compare", "nano", "--pictures", "runs"): ["The folder has no pictures", "where: runs"],
+        ("compare", "nano", str(broken)): ["None of the pictures can be opened", str(broken)],
+        ("compare", "nano", str(pictures[0]), "--out", "x.png"): ["--out x.html"],
+        ("compare", str(pictures[0])): ["nothing to compare"],
     }
     before = {path: path.stat().st_mtime_ns for path in desk.rglob("*")}
     outcomes = dict(

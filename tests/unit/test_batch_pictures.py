@@ -85,3 +85,17 @@ def test_a_model_is_told_by_its_weights_and_not_by_its_place(tiny: Path, tmp_pat
     content[-1] ^= 1
     weights.write_bytes(content)
     assert weights_digest(copy) != weights_digest(tiny)
+
+
+def test_a_merged_model_is_told_from_its_base_whose_embeddings_it_has(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    weights = tmp_path / "model.safetensors"
+    edge, matrix = bytes(2**20), bytes(2**19)
+    for whole in (2**26, 0):
+        monkeypatch.setattr("deadpan.batch.jokes._WHOLE", whole)
+        weights.write_bytes(edge + matrix + edge)
+        base = weights_digest(tmp_path)
+        weights.write_bytes(edge + b"m" * len(matrix) + edge)
+        assert weights_digest(tmp_path) != base

@@ -271,7 +271,7 @@ def test_runs_are_found_and_drawn(runs: Path) -> None:
     (cat, gone) = probe_jokes(found["first"])
     assert cat[0] == "cat.png"
     assert cat[1] is not None
-    assert cat[1].startswith("data:image/jpeg")
+    assert cat[1].startswith("data:image/webp")
     assert cat[2] == [(4, "一只猫。"), (8, "<b>它在等年终奖。")], "what is said again is left out"
     assert gone[:2] == ("gone.png", None)
     page = render(ENGLISH, runs, list(found), "step")

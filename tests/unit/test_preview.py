@@ -57,10 +57,10 @@ def test_thumbnails_are_embedded(folder: Path) -> None:
     sizes = []
     for image in Page(out).every("img"):
         kind, encoded = (image["src"] or "").split(",")
-        assert kind == "data:image/jpeg;base64"
+        assert kind == "data:image/webp;base64"
         thumbnail = Image.open(io.BytesIO(base64.b64decode(encoded)))
         sizes.append((thumbnail.format, thumbnail.mode, thumbnail.size))
-    assert sizes == [("JPEG", "RGB", (320, 160)), ("JPEG", "RGB", (20, 30))]
+    assert sizes == [("WEBP", "RGB", (320, 160)), ("WEBP", "RGB", (20, 30))]
 
 
 def test_the_page_asks_for_nothing_from_elsewhere(folder: Path) -> None:

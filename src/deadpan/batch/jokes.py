@@ -22,15 +22,18 @@ from deadpan.checkpoints.source import Layout, detect, resolve
 from deadpan.errors import DeadpanError
 from deadpan.train.state import write_whole
 
-_EDGE = 2**20
+_WHOLE = 2**26
+"""Bytes up to which a file of weights is read through to tell it from others."""
+_SAMPLE, _STRIDE = 2**12, 2**18
+"""Of a larger one, the bytes that are read at a place, and how far apart the places are."""
 _CALLED = {"weights": "the model's weights"}
 
 
 def weights_digest(model: str | Path, base: str | Path | None = None) -> str:
     """Tell a model by its weights, wherever they lie: an adapter's with its base's.
 
-    Taken are the configuration and of each file of weights the size and the first and last MiB, which
-    training and merging change: a file of gigabytes is not read through.
+    Of a large file a sample is read, at places so near one another that a merged model differs from
+    its base at many of them; its first and last tensors may be the base's.
     """
     folder = resolve(model)
     told = hashlib.sha256()
@@ -44,9 +47,9 @@ def weights_digest(model: str | Path, base: str | Path | None = None) -> str:
             size = path.stat().st_size
             told.update(f"{path.name} {size}\n".encode())
             with path.open("rb") as file:
-                told.update(file.read(_EDGE))
-                file.seek(max(0, size - _EDGE))
-                told.update(file.read(_EDGE))
+                for start in range(0, size, _SAMPLE if size <= _WHOLE else _STRIDE):
+                    file.seek(start)
+                    told.update(file.read(_SAMPLE))
     return told.hexdigest()[:16]
 
 

@@ -43,12 +43,17 @@ class Item:
         """
         return [open_picture(path) for path in self.paths]
 
-    def request(self, images: list[Image.Image]) -> Request:
-        """The question about the opened pictures, which stand in front of it unless it says where."""
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The question, with the pictures in front of it unless it says where they stand."""
         text = self.prompt
         if IMAGE_TAG not in text:
-            text = f"{IMAGE_TAG}\n" * len(images) + text
-        return Request(images, [Turn("human", text)], self.id)
+            text = f"{IMAGE_TAG}\n" * len(self.paths) + text
+        return (Turn("human", text),)
+
+    def request(self, images: list[Image.Image]) -> Request:
+        """The question about the opened pictures."""
+        return Request(images, self.turns, self.id)
 
 
 def find(source: Path, prompt: str, images: Path | None = None) -> list[Item]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from deadpan.evaluate.answers import Question
     from deadpan.evaluate.choices import QuestionSet
     from deadpan.evaluate.evaluation import Evaluation
-    from deadpan.evaluate.statistics import Difference
+    from deadpan.evaluate.statistics import Difference, Metric
 
 
 def evaluate(
@@ -31,7 +31,8 @@ def evaluate(
     training: Annotated[
         Path | None,
         typer.Option(
-            help="The records they were trained on, to see what they have by heart; of a run folder they are known."
+            help="The records they were trained on, to see what they have by heart; of a run, its checkpoints and "
+            "exports they are known."
         ),
     ] = None,
     images: Annotated[
@@ -133,43 +134,34 @@ def _evaluate(
     device: str,
     dtype: str,
 ) -> "Evaluation":
-    from deadpan.checkpoints.load import load
+    from deadpan.checkpoints.source import resolve
     from deadpan.cli.progress import bar
-    from deadpan.config.loader import load_recipe
     from deadpan.data.records import load as load_records
     from deadpan.engines.base import GenerationSettings
-    from deadpan.engines.builtin import BuiltinEngine
-    from deadpan.evaluate.answers import ask, write
+    from deadpan.evaluate.answers import write
     from deadpan.evaluate.evaluation import evaluate as figures_of
-    from deadpan.evaluate.likelihood import likelihoods
-    from deadpan.train.split import trained_on
+    from deadpan.evaluate.hearing import Asking, hear
+    from deadpan.train.run_folder import run_of
+    from deadpan.train.split import learned
 
-    learned = None
-    if training is not None:
-        learned = load_records(training)
-    elif (Path(model) / "recipe.yaml").is_file():
-        learned = trained_on(load_recipe(Path(model) / "recipe.yaml"))
     by_heart = None
-    if learned is not None:
-        by_heart = [answer for record in learned for answer in record.answers]
-    with bar(f"{model}: loading weights") as progress:
-        loaded = load(model, device=device, dtype=dtype, progress=progress)
-    engine = BuiltinEngine(loaded)
-    with bar(f"{model}: scoring answers") as progress:
-        scored = likelihoods(
-            engine,
-            lambda text: len(loaded.processor.choice(text)),
-            records,
-            drawn.questions,
-            progress,
-        )
-    with bar(f"{model}: asking") as progress:
-        settings = GenerationSettings(max_new_tokens)
-        answers = list(ask(engine, asked, settings, progress=progress))
-    engine.close()
+    if training is not None:
+        by_heart = [answer for record in load_records(training) for answer in record.answers]
+    elif (run := run_of(resolve(model))) is not None:
+        by_heart = learned(run)
+    heard = hear(
+        model,
+        [Asking(asked, GenerationSettings(max_new_tokens))],
+        records,
+        drawn.questions,
+        bars=lambda stage: bar(f"{model}: {stage}"),
+        device=device,
+        dtype=dtype,
+    )
+    answers = [said[0] for said in heard.answers[0]]
     if answers_out is not None:
         write(answers, answers_out)
-    return figures_of(asked, answers, by_heart, likelihood=scored, skipped=drawn.skipped)
+    return figures_of(asked, answers, by_heart, likelihood=heard.likelihood, skipped=drawn.skipped)
 
 
 def _captions(path: Path | None, records: "list[Record]") -> dict[str, str]:
@@ -221,12 +213,19 @@ def print_figures(evaluations: "Mapping[str, Evaluation]") -> None:
     table.add_column("")
     for name in evaluations:
         table.add_column(name, justify="right", overflow="fold")
-    for label, cells in rows(list(evaluations.values())):
-        table.add_row(label, *cells)
+    for row in rows(list(evaluations.values())):
+        label = row.name if row.chance is None else f"{row.name} (chance {row.chance})"
+        table.add_row(label, *map(_cell, row.cells))
     console.print(table)
     for name, evaluation in evaluations.items():
         for task, reason in evaluation.skipped.items():
             console.print(f"{name}: no {task}: {reason}", style="dim", markup=False)
+
+
+def _cell(metric: "Metric | None") -> str:
+    if metric is None:
+        return "-"
+    return metric.text if metric.interval is None else f"{metric.text} ({metric.interval})"
 
 
 def _print_differences(first: str, second: str, found: "list[Difference]") -> None:

@@ -10,6 +10,7 @@ import typer
 
 from deadpan import __version__
 from deadpan.cli import (
+    compare,
     data,
     demo,
     doctor,
@@ -43,6 +44,7 @@ app.command()(export.export)
 app.command()(tell.tell)
 app.command()(serve.serve)
 app.command()(evaluate.evaluate)
+app.command()(compare.compare)
 app.add_typer(votes.app, name="votes")
 app.command()(import_xtuner.import_xtuner)
 app.command()(doctor.doctor)

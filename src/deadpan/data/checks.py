@@ -1,6 +1,5 @@
 """Everything that can be wrong with a file of records, pictures included, found before training."""
 
-import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -8,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from deadpan.data.pictures import PictureError, open_picture, picture_size
+from deadpan.data.pictures import PictureError, digest, open_picture, picture_size
 from deadpan.data.records import Problem, Record, Severity, read
 
 _NAMED_RECORDS = 8
@@ -144,17 +143,12 @@ def _identities(pictures: Iterable[Path]) -> dict[Path, Path]:
         same_size[picture.stat().st_size].append(picture)
     identities: dict[Path, Path] = {}
     for candidates in same_size.values():
-        first_with: dict[bytes, Path] = {}
+        first_with: dict[str, Path] = {}
         for picture in candidates:
             # Most pictures differ in size already, and need not be read a second time.
-            digest = _digest(picture) if len(candidates) > 1 else b""
-            identities[picture] = first_with.setdefault(digest, picture)
+            content = digest(picture) if len(candidates) > 1 else ""
+            identities[picture] = first_with.setdefault(content, picture)
     return identities
-
-
-def _digest(picture: Path) -> bytes:
-    with picture.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _duplicate_ids(records: Iterable[Record]) -> list[Problem]:

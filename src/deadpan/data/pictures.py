@@ -4,6 +4,7 @@ Nothing here ever stands in for a broken picture: a model trained on a substitut
 """
 
 import base64
+import hashlib
 import io
 import struct
 import warnings
@@ -123,10 +124,23 @@ def rgb(image: Image.Image, where: str | Path) -> Image.Image:
         ) from None
 
 
+def digest(path: Path) -> str:
+    """SHA-256 of a picture file.
+
+    Raises:
+        PictureError: If it is missing or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise PictureError(f"The picture cannot be read: {error.strerror}.", where=path) from None
+
+
 def data_uri(picture: Image.Image, long_edge: int) -> str:
-    """A picture within a web page: scaled down to a longer edge in pixels, as JPEG, as a `data:` address."""
+    """A picture within a web page: scaled down to a longer edge in pixels, as WebP, as a `data:` address."""
     small = picture.copy()
     small.thumbnail((long_edge, long_edge), Image.Resampling.LANCZOS)
-    jpeg = io.BytesIO()
-    small.save(jpeg, "JPEG", quality=82)
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode('ascii')}"
+    webp = io.BytesIO()
+    small.save(webp, "WEBP", quality=80)
+    return f"data:image/webp;base64,{base64.b64encode(webp.getvalue()).decode('ascii')}"

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deadpan.data.pictures import digest
 from deadpan.data.records import Record
 from deadpan.errors import DeadpanError
 
@@ -104,8 +105,7 @@ def _identities(records: Sequence[Record]) -> list[tuple[str, ...]]:
     for record in records:
         for path in record.image_paths:
             if path not in known:
-                with path.open("rb") as file:
-                    known[path] = hashlib.file_digest(file, "sha256").hexdigest()
+                known[path] = digest(path)
     return [
         tuple(known[path] for path in record.image_paths) or (_question(record),)
         for record in records

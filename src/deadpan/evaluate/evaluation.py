@@ -86,7 +86,7 @@ def evaluate(
     if not any(question.concepts for question in asked):
         missing[GROUNDED] = "the records do not say what is pictured (concepts)"
     if training is None:
-        missing[VERBATIM] = "it is not known what it was trained on (--training)"
+        missing[VERBATIM] = "it is not known what it was trained on"
     return Evaluation(len(asked), (*metrics, *distinct), missing, tuple(items))
 
 
@@ -131,13 +131,31 @@ def differences(first: Evaluation, second: Evaluation) -> list[Difference]:
     ]
 
 
-def rows(evaluations: Sequence[Evaluation]) -> list[tuple[str, list[str]]]:
-    """A table of evaluations, for people: a label and a cell for each."""
-    named = {found.name: found for one in evaluations for found in one.metrics}
+@dataclass(frozen=True)
+class Row:
+    """One figure of several tellers.
+
+    Attributes:
+        name: What is measured.
+        chance: What guessing would give, for people; None where guessing has no meaning.
+        cells: What each teller has of it.
+    """
+
+    name: str
+    chance: str | None
+    cells: tuple[Metric | None, ...]
+
+
+def rows(evaluations: Sequence[Evaluation]) -> list[Row]:
+    """A table of evaluations, for people."""
+    # The longest first, for its order: the others have gaps.
+    longest_first = sorted(evaluations, key=lambda one: len(one.metrics), reverse=True)
+    named = {found.name: found for one in longest_first for found in one.metrics}
     return [
-        (
-            name if found.chance is None else f"{name} (chance {_number(found, found.chance)})",
-            [_cell(one.get(name)) for one in evaluations],
+        Row(
+            name,
+            None if found.chance is None else found.told(found.chance),
+            tuple(one.get(name) for one in evaluations),
         )
         for name, found in named.items()
     ]
@@ -154,19 +172,6 @@ def difference_rows(found: Sequence[Difference]) -> list[tuple[str, str, str, st
         )
         for one in found
     ]
-
-
-def _cell(found: Metric | None) -> str:
-    if found is None:
-        return "-"
-    text = _number(found, found.value)
-    if found.low is None or found.high is None:
-        return text
-    return f"{text} ({_number(found, found.low)} to {_number(found, found.high)})"
-
-
-def _number(found: Metric, value: float) -> str:
-    return f"{value:.1%}" if found.unit == "share" else f"{value:,.3g}"
 
 
 def _signed(found: Difference, value: float) -> str:

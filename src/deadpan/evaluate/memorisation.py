@@ -10,7 +10,7 @@ The first is overfitting as it shows in the losses alone. The second needs both 
 answers are possible, a model that has understood them gives them too, and then the gap stays small.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
@@ -37,13 +37,24 @@ def nearly_verbatim(answers: Sequence[str], training: Iterable[str]) -> list[boo
 
     Similarity is difflib's: twice the characters in matching runs, over the characters of both.
     """
-    known = {normalised(text) for text in training}
-    return [_near(normalised(answer), known) for answer in answers]
+    return [source is not None for source in sources(answers, training)]
 
 
-def _near(answer: str, known: set[str]) -> bool:
+def sources(answers: Sequence[str], training: Iterable[str]) -> list[str | None]:
+    """For each answer, the training answer that it repeats or nearly repeats, or None.
+
+    That is one with the same words, or else the first of which it is at least `NEAR`.
+    """
+    known: dict[str, str] = {}
+    for text in training:
+        known.setdefault(normalised(text), text)
+    found = [_near(normalised(answer), known) for answer in answers]
+    return [None if key is None else known[key] for key in found]
+
+
+def _near(answer: str, known: Mapping[str, str]) -> str | None:
     if answer in known:
-        return True
+        return answer
     matcher = SequenceMatcher(autojunk=False)
     matcher.set_seq2(answer)
     for text in known:
@@ -54,8 +65,8 @@ def _near(answer: str, known: set[str]) -> bool:
             and matcher.quick_ratio() >= NEAR
             and matcher.ratio() >= NEAR
         ):
-            return True
-    return False
+            return text
+    return None
 
 
 @dataclass(frozen=True)

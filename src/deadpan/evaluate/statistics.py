@@ -62,6 +62,22 @@ class Metric:
     chance: float | None = None
     unit: Unit = "number"
 
+    @property
+    def text(self) -> str:
+        """The figure for people."""
+        return self.told(self.value)
+
+    @property
+    def interval(self) -> str | None:
+        """Its interval for people, if it has one."""
+        if self.low is None or self.high is None:
+            return None
+        return f"{self.told(self.low)} to {self.told(self.high)}"
+
+    def told(self, value: float) -> str:
+        """A value of this figure's unit for people."""
+        return f"{value:.1%}" if self.unit == "share" else f"{value:,.3g}"
+
     def to_json(self) -> dict[str, Any]:
         """The figure in JSON's own types."""
         return asdict(self)

@@ -38,7 +38,7 @@ _HELD_OUT: dict[str, Any] = {
     "markerfacecolor": "white", "markeredgewidth": 1.3, "zorder": 4,
 }  # fmt: skip
 _LOWEST: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 6.5, "zorder": 5}
-_SIZE, _MARGIN = (9.0, 4.8), 0.14
+_SIZE, _NARROW_SIZE, _MARGIN = (9.0, 4.8), (5.8, 4.3), 0.14
 """In inches."""
 _DOTS_PER_INCH = 160
 _LONGEST_NAME = 36
@@ -77,19 +77,21 @@ def draw(curves: Sequence[Curve], style: Style | None = None) -> Figure:
     places = [_places(curve, style.x) for curve in curves]
     unit, label = _unit(style.x, max(x.max() for x, _ in places))
     layout = ConstrainedLayoutEngine(w_pad=_MARGIN, h_pad=_MARGIN)
-    figure = Figure(figsize=_SIZE, dpi=_DOTS_PER_INCH, layout=layout, facecolor="white")
+    size = _NARROW_SIZE if style.narrow else _SIZE
+    figure = Figure(figsize=size, dpi=_DOTS_PER_INCH, layout=layout, facecolor="white")
     axes = figure.add_subplot()
-    for curve, colour, (x, eval_x) in zip(curves, _colours(len(curves)), places, strict=True):
+    for curve, colour, (x, eval_x) in zip(curves, colours(len(curves)), places, strict=True):
         _draw_curve(axes, curve, x / unit, eval_x / unit, colour, style.smoothing)
     _dress(axes, curves, label, style.log)
-    _add_legend(figure, curves, style.smoothing)
+    _add_legend(figure, curves, style)
     return figure
 
 
 def svg(curves: Sequence[Curve], style: Style | None = None) -> str:
     """Draw curves as an SVG element, to be put into an HTML page.
 
-    The text is the same whenever the curves are, and no other figure on the page has its ids.
+    The text is the same whenever the curves are, and no other figure on the page has its ids. A page
+    may change colours, for a dark one: `#0072b2` is `var(--curve-0072b2, #0072b2)`.
 
     Raises:
         DeadpanError: See `draw`.
@@ -99,6 +101,7 @@ def svg(curves: Sequence[Curve], style: Style | None = None) -> str:
     root = "c" + hashlib.sha256(element.encode()).hexdigest()[:8]
     label = html.escape("loss of " + ", ".join(curve.name for curve in curves))
     element = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{root}-", element)
+    element = re.sub(r"((?:fill|stroke): )#([0-9a-f]{6})", r"\1var(--curve-\2, #\2)", element)
     # Or matplotlib's rule for all elements would be one for the whole page.
     element = element.replace("*{stroke", f"#{root} *{{stroke", 1)
     return element.replace("<svg", f'<svg id="{root}" role="img" aria-label="{label}"', 1)
@@ -190,7 +193,8 @@ def _unit(x: str, furthest: float) -> tuple[float, str]:
     return 3600, "time in steps (hours)"
 
 
-def _colours(number: int) -> Sequence[str]:
+def colours(number: int) -> Sequence[str]:
+    """The colours of so many curves, as `#rrggbb`, in the order in which they are drawn."""
     if number <= len(_PALETTE):
         return _PALETTE[:number]
     # No set of so many colours is told apart by all; an even scale at least shows the order of a sweep.
@@ -244,27 +248,31 @@ def _make_logarithmic(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(ticker.NullLocator())
 
 
-def _add_legend(figure: Figure, curves: Sequence[Curve], smoothing: float) -> None:
-    """Name the runs and, below, say what each kind of line is."""
+def _add_legend(figure: Figure, curves: Sequence[Curve], style: Style) -> None:
+    """Name the runs and, below or beside, say what each kind of line is."""
     entries = [
         (Line2D([], [], color=colour, **_SMOOTHED), _legible(curve.name))
-        for curve, colour in zip(curves, _colours(len(curves)), strict=True)
+        for curve, colour in zip(curves, colours(len(curves)), strict=True)
     ]
     kinds = []
-    if smoothing:
+    if style.smoothing:
+        break_or_space = " " if style.narrow else "\n"
         kinds += [
             (_LOGGED, "as logged"),
-            (_SMOOTHED, f"moving average,\nexponential, {smoothing:g}"),
+            (_SMOOTHED, f"moving average,{break_or_space}exponential, {style.smoothing:g}"),
         ]
     if any(curve.eval_losses for curve in curves):
         kinds += [(_HELD_OUT, "held-out loss"), (_LOWEST, "its lowest")]
     if kinds:
-        entries.append((Line2D([], [], linestyle="none"), ""))
+        # A gap between the two; in columns, as many as the runs' one may lack.
+        gaps = max(0, len(kinds) - len(curves)) if style.narrow else 1
+        entries += [(Line2D([], [], linestyle="none"), "")] * gaps
         entries += [(Line2D([], [], color=_INK, **kind), text) for kind, text in kinds]
     legend = figure.legend(
         [line for line, _ in entries],
         ["x"] * len(entries),
-        loc="outside right upper",
+        loc="outside lower left" if style.narrow else "outside right upper",
+        ncols=2 if style.narrow and kinds else 1,
         frameon=False,
         fontsize=9.5,
         handlelength=2.4,

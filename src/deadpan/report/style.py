@@ -12,8 +12,11 @@ class Style:
         smoothing: The weight of `deadpan.report.curves.smooth`; 0 draws no average. With the default it
             stands for about the last five values: more would lag behind a loss that falls fast.
         log: Whether the loss axis is logarithmic.
+        narrow: Whether the figure is for a narrow column: its text is then larger beside the curves, and
+            the legend stands below them.
     """
 
     x: str = "step"
     smoothing: float = 0.8
     log: bool = False
+    narrow: bool = False

@@ -14,6 +14,7 @@ from deadpan.config.schema import Recipe
 from deadpan.environment import describe
 from deadpan.errors import DeadpanError
 from deadpan.evaluate.answers import Answer
+from deadpan.processing.tokenizer import read_json
 from deadpan.train import state
 
 _MAY_CHANGE = {
@@ -24,6 +25,21 @@ _MAY_CHANGE = {
 _CUTS_A_STEP = {"micro_batch_size", "gradient_accumulation_steps", "samples_per_step"}
 """Recipe keys that a resumed run may have otherwise as long as a step has as many samples."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run that a model comes from, as far as it is still here.
+
+    Args:
+        checkpoint: A checkpoint's folder, as `deadpan.checkpoints.source.resolve` gives it, or an
+            export's, which says what it was made of.
+    """
+    if (export := checkpoint / "export.json").is_file():
+        checkpoint = Path(read_json(export).get("source", ""))
+    run = checkpoint.parent.parent
+    if checkpoint.parent.name == "checkpoints" and (run / "recipe.yaml").is_file():
+        return run
+    return None
 
 
 def open_run(

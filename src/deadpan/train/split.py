@@ -4,12 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deadpan.checkpoints.source import resolve
+from deadpan.config.loader import load_recipe
 from deadpan.config.schema import Recipe
 from deadpan.data import preferences
 from deadpan.data.records import Record
 from deadpan.data.records import load as load_records
 from deadpan.data.split import hold_out, refuse_shared
 from deadpan.processing.processor import Processor, load_processor
+from deadpan.train.run_folder import run_of
 from deadpan.train.survey import Survey, survey
 
 
@@ -68,3 +70,18 @@ def trained_on(recipe: Recipe) -> list[Record]:
         return records
     processor = load_processor(resolve(recipe.model), recipe.max_tiles, recipe.max_length)
     return split(recipe, survey(records, processor, recipe.data.overlong), processor)[0].records
+
+
+def learned(run: Path) -> list[str]:
+    """The answers that a run has been trained on; of preference pairs, the chosen ones.
+
+    Those of the run whose adapter it went on from are among them.
+
+    Raises:
+        DeadpanError: If a recipe, an earlier run or the records are no longer there, or not in order.
+    """
+    recipe = load_recipe(run / "recipe.yaml")
+    answers = [answer for record in trained_on(recipe) for answer in record.answers]
+    if recipe.adapter is not None and (before := run_of(resolve(recipe.adapter))) is not None:
+        answers += learned(before)
+    return answers
