@@ -1,5 +1,6 @@
 import json
 import math
+import multiprocessing
 import multiprocessing.connection
 import shutil
 import signal
@@ -418,6 +419,8 @@ def test_a_picture_lost_on_the_way_is_named(
     error = refused(make(tmp_path / "run", data=data), watcher=Thief())
     assert error.what == "The picture is missing."
     assert error.where == str(folder / "picture-1.png")
+    # Or Python would wait for it when it exits.
+    assert multiprocessing.active_children() == []
 
 
 def test_bf16_trains_float32_adapters_on_a_frozen_bf16_model(

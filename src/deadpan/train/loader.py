@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -9,6 +10,7 @@ from typing import Literal
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from deadpan.data.records import IMAGE_TAG, Record, Turn
 from deadpan.environment import usable_cores
@@ -20,6 +22,8 @@ from deadpan.train.features import FeatureCache
 from deadpan.train.plan import MicroBatch, Plan
 
 _MOST_WORKERS = 8
+
+Prepared = Iterator[tuple[MicroBatch, Batch | DeadpanError]]
 
 
 class MicroBatches(Dataset[tuple[MicroBatch, Batch | DeadpanError]]):
@@ -198,6 +202,20 @@ def batches(
         # Batches are decided by the plan alone; without this, each loader would draw from the run's random numbers.
         generator=torch.Generator(),
     )
+
+
+@contextmanager
+def prepared(loader: DataLoader) -> Iterator[Prepared]:
+    """A loader's micro-batches. Afterwards its workers have ended, also where an error still holds them.
+
+    They ignore the signal by which Python ends its children when it exits, and would be waited for.
+    """
+    ready = iter(loader)
+    try:
+        yield ready
+    finally:
+        if isinstance(ready, _MultiProcessingDataLoaderIter):
+            ready._shutdown_workers()
 
 
 def _begin_worker(_: int) -> None:

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from torch import nn
-from torch.utils.data import DataLoader
 
 from deadpan.checkpoints.load import choose_dtype
 from deadpan.checkpoints.source import Layout, detect, resolve
@@ -45,7 +44,15 @@ from deadpan.train import (
     trackers,
 )
 from deadpan.train.features import FeatureCache
-from deadpan.train.loader import MicroBatches, batches, blank, share, worker_count
+from deadpan.train.loader import (
+    MicroBatches,
+    Prepared,
+    batches,
+    blank,
+    prepared,
+    share,
+    worker_count,
+)
 from deadpan.train.model import TrainingLoss, build
 from deadpan.train.objective import Answers, Objective, Preferences
 from deadpan.train.plan import MicroBatch, Plan
@@ -296,7 +303,8 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
             pictured=self.parallel.in_step,
         )
-        return self._steps(loader)
+        with prepared(loader) as ready:
+            yield from self._steps(ready)
 
     def _memory_explained(self) -> AbstractContextManager[None]:
         return memory.explained(self.recipe, self.run, self.processor.tile_policy.max_tiles)
@@ -435,14 +443,13 @@ class Trainer:
             self.watcher.memorising(step, reason)
         return after, is_best
 
-    def _steps(self, loader: DataLoader) -> Generator[dict[str, Any], None, None]:
+    def _steps(self, ready: Prepared) -> Generator[dict[str, Any], None, None]:
         began = time.perf_counter()
         rank, world = self.processes.rank, self.processes.world
-        prepared = iter(loader)
         nothing = blank(self.processor) if self.parallel.in_step else None
         for whole in self.plan.steps_after(self.position.step):
             number = len(share(whole, rank, world))
-            step = [batch for _, batch in islice(prepared, number)]
+            step = [batch for _, batch in islice(ready, number)]
             if nothing is not None:
                 # In a short step some have a micro-batch less than rank 0.
                 step += [nothing] * (len(share(whole, 0, world)) - number)
