@@ -54,8 +54,12 @@ class TilePolicy:
 
     def pixel_values(self, image: Image.Image, pictures: int) -> torch.Tensor:
         """Tiles of a picture among several, float32 of shape (tile, 3, tile_size, tile_size)."""
+        return tiles.normalise(self.pixel_bytes(image, pictures))
+
+    def pixel_bytes(self, image: Image.Image, pictures: int) -> torch.Tensor:
+        """The same before `tiles.normalise`, uint8 of shape (tile, tile_size, tile_size, 3)."""
         limit = self.share(pictures)
-        return tiles.pixel_values(image, limit, self.tile_size, self.thumbnail, self.min_tiles)
+        return tiles.pixel_bytes(image, limit, self.tile_size, self.thumbnail, self.min_tiles)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,112 @@
+"""From pictures to what the language model reads of them.
+
+Cutting a picture into tiles is Pillow's work, which leaves Python's lock alone, so threads do it while
+the device computes. The device gets bytes and normalises them itself. What the vision tower made of the
+latest pictures is kept, by a digest of their pixels: a further joke about the same picture costs neither
+tiles nor tower.
+"""
+
+import hashlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from deadpan.models.answer_loss import plain_model
+from deadpan.models.attention import kernels
+from deadpan.models.fused_loss import picture_features
+from deadpan.processing.processor import TilePolicy
+from deadpan.processing.tiles import normalise
+
+KEPT_BYTES = 2**28
+"""Features kept by an engine; those of a picture of 7 tiles take 7 MiB in a 2B model."""
+
+Key = tuple[bytes, tuple[int, int], int]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A picture on its way to the vision tower.
+
+    Attributes:
+        key: Tells it from others: its pixels, its size, and the pictures that share the tile limit.
+        pixels: Its tiles, or None where the features are known.
+        features: Of shape (image token, hidden), if known.
+    """
+
+    key: Key
+    pixels: torch.Tensor | None
+    features: torch.Tensor | None
+
+
+class PictureFeatures:
+    """Cuts pictures and lets the vision tower and the projector see them.
+
+    Args:
+        model: InternVL, plain or with PEFT's adapter.
+        policy: How pictures are cut.
+        kept_bytes: The most bytes of features kept; 0 for a model whose weights change.
+    """
+
+    def __init__(self, model: torch.nn.Module, policy: TilePolicy, kept_bytes: int) -> None:
+        self._plain = plain_model(model)
+        self._device = self._plain.lm_head.weight.device
+        self._policy, self._kept_bytes = policy, kept_bytes
+        self._kept: OrderedDict[Key, torch.Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(min(16, os.cpu_count() or 1), "tiles")
+
+    def cut(self, images: Sequence[Image.Image]) -> list[Future[Cut]]:
+        """Begin with the pictures of one conversation."""
+        return [self._threads.submit(self._cut, image, len(images)) for image in images]
+
+    def _cut(self, image: Image.Image, pictures: int) -> Cut:
+        image = image.convert("RGB")
+        key = (hashlib.sha256(image.tobytes()).digest(), image.size, pictures)
+        with self._lock:
+            features = self._kept.get(key)
+        pixels = None if features is not None else self._policy.pixel_bytes(image, pictures)
+        return Cut(key, pixels, features)
+
+    def of(self, cuts: Sequence[Cut]) -> torch.Tensor:
+        """What the language model reads of pictures, of shape (image token, hidden), in their order."""
+        known = {cut.key: cut.features for cut in cuts if cut.features is not None}
+        new = {cut.key: cut.pixels for cut in cuts if cut.key not in known}
+        parts = [pixels for pixels in new.values() if pixels is not None]
+        if parts:
+            seen = self._seen(torch.cat(parts))  # (tile, image token, hidden)
+            for key, part in zip(new, seen.split([len(pixels) for pixels in parts]), strict=True):
+                known[key] = part.flatten(0, 1)
+        self._keep(known)
+        return torch.cat([known[cut.key] for cut in cuts])
+
+    def _seen(self, pixels: torch.Tensor) -> torch.Tensor:
+        if self._device.type == "cuda":
+            pixels = pixels.pin_memory()
+        pixels = pixels.to(self._device, non_blocking=True)
+        with kernels():
+            features = picture_features(self._plain, normalise(pixels, self._plain.dtype))
+            seen: torch.Tensor = self._plain.model.multi_modal_projector(features)
+        return seen
+
+    def _keep(self, features: dict[Key, torch.Tensor]) -> None:
+        with self._lock:
+            for key, value in features.items():
+                if key not in self._kept and value.nbytes <= self._kept_bytes:
+                    # A part of a larger tensor would hold the whole of it.
+                    self._kept[key] = value.clone()
+                if key in self._kept:
+                    self._kept.move_to_end(key)
+            held = sum(value.nbytes for value in self._kept.values())
+            while held > self._kept_bytes:
+                held -= self._kept.popitem(last=False)[1].nbytes
+
+    def close(self) -> None:
+        """Let go of what is kept, and of the threads."""
+        self._threads.shutdown(cancel_futures=True)
+        self._kept.clear()
