@@ -17,9 +17,11 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
+from deadpan.models import decoding
 from deadpan.models.answer_loss import plain_model
 from deadpan.models.attention import kernels
-from deadpan.models.fused_loss import picture_features
+from deadpan.models.fused_loss import picture_features, shuffled
+from deadpan.models.vision import VisionTower, unsupported
 from deadpan.processing.processor import TilePolicy
 from deadpan.processing.tiles import normalise
 
@@ -56,6 +58,8 @@ class PictureFeatures:
     def __init__(self, model: torch.nn.Module, policy: TilePolicy, kept_bytes: int) -> None:
         self._plain = plain_model(model)
         self._device = self._plain.lm_head.weight.device
+        written_out = decoding.unsupported(model) is None and unsupported(self._plain) is None
+        self._tower = VisionTower(self._plain) if written_out else None
         self._policy, self._kept_bytes = policy, kept_bytes
         self._kept: OrderedDict[Key, torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
@@ -90,7 +94,11 @@ class PictureFeatures:
             pixels = pixels.pin_memory()
         pixels = pixels.to(self._device, non_blocking=True)
         with kernels():
-            features = picture_features(self._plain, normalise(pixels, self._plain.dtype))
+            values = normalise(pixels, self._plain.dtype)
+            if self._tower is None:
+                features = picture_features(self._plain, values)
+            else:
+                features = shuffled(self._plain, self._tower(values))
             seen: torch.Tensor = self._plain.model.multi_modal_projector(features)
         return seen
 
