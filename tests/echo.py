@@ -18,6 +18,9 @@ class Echo:
         self.let, self.begun = threading.Event(), threading.Event()
         self.closed = False
 
+    def prepare(self, request: Request) -> Request:
+        return request
+
     def generate(self, requests: Sequence[Request], settings: GenerationSettings) -> list[Joke]:
         texts = [f"{request.turns[0].text}/{len(request.images)}" for request in requests]
         self.batches.append([request.turns[0].text for request in requests])

@@ -37,6 +37,9 @@ class Parrot:
         self.asked: list[str] = []
         self._pause = pause
 
+    def prepare(self, request: Request) -> Request:
+        return request
+
     def generate(self, requests: Sequence[Request], settings: GenerationSettings) -> list[Joke]:
         time.sleep(self._pause)
         self.asked += [request.name for request in requests]

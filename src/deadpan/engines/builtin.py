@@ -8,7 +8,7 @@ end one step behind. So the device never waits for it, at the price of one step 
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedTokenizerFast, TextStreamer
@@ -61,6 +61,10 @@ class BuiltinEngine:
         self._decoder = Decoder(self._model) if unsupported(self._model) is None else None
         self._features = PictureFeatures(self._model, loaded.processor.tile_policy, kept_bytes)
 
+    def prepare(self, request: Request) -> Request:
+        """The request, its pictures being cut by threads while it waits for its turn."""
+        return replace(request, prepared=self._features.cut(request.images))
+
     def generate(self, requests: Sequence[Request], settings: GenerationSettings) -> list[Joke]:
         """Answer requests, in their order; those for the same conversation share its reading."""
         prompts = self._prompts(requests)
@@ -96,7 +100,7 @@ class BuiltinEngine:
             if key not in known:
                 counts = [policy.count(image.size, len(images)) for image in images]
                 ids, _ = self._processor.encode(turns, counts, request.name)
-                known[key] = _Prompt(request, ids)
+                known[key] = _Prompt(request, ids, request.prepared)
             prompts.append(known[key])
         return prompts
 
