@@ -24,6 +24,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,17 +168,18 @@ class Bench:
         self.compared = self.pictures.next(COMPARED)
         self.reference: Ids | None = None
 
-    def speed(self, tell: Callable[[Sequence[Request]], Any], at_once: Sequence[int]) -> dict[str, Any]:
+    def speed(
+        self, tell: Callable[[Sequence[Request]], Any], at_once: Sequence[int]
+    ) -> dict[str, Any]:
         """Latency and throughput of a way to tell; the first call of each size is not counted."""
         row: dict[str, Any] = {}
         for count in at_once:
-            first = self.pictures.next(count)
-            row[f"first_{count}_s"] = seconds(lambda first=first: tell(first))
             times = []
-            for _ in range(self.repeats if count == 1 else 2):
+            for _ in range(1 + (self.repeats if count == 1 else 2)):
                 requests = self.pictures.next(count)
-                times.append(seconds(lambda requests=requests: tell(requests)))
-            taken = statistics.median(times)
+                times.append(seconds(partial(tell, requests)))
+            row[f"first_{count}_s"] = times[0]
+            taken = statistics.median(times[1:])
             row[f"latency_{count}_s"] = taken
             row[f"pictures_a_second_{count}"] = count / taken
         return row
@@ -258,7 +260,9 @@ class Bench:
             def read() -> torch.Tensor:
                 return decoder.begin(ids, range(count), features, NEW_TOKENS)
 
-            row["plan_s"] = seconds(lambda: decoder._planned(count, max(map(len, ids)) + NEW_TOKENS))
+            row["plan_s"] = seconds(
+                lambda: decoder._planned(count, max(map(len, ids)) + NEW_TOKENS)
+            )
             row["first_prefill_s"] = seconds(read)
             row["prefill_ms"] = 1e3 * min(seconds(read) for _ in range(2))
             logits = read()

@@ -10,6 +10,8 @@ from deadpan.errors import DeadpanError
 class Echo:
     """Says the question back, once it is let; a question `bad` is a mistake."""
 
+    batch_size = 8
+
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
         self.requests: list[Request] = []

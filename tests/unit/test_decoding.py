@@ -190,7 +190,7 @@ def seen(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """How many tiles the vision tower has seen."""
     embeddings = loaded.model.model.vision_tower.embeddings
     calls = counted(monkeypatch, embeddings, "forward")
-    return lambda: sum(len(pixels) for pixels, in calls)
+    return lambda: sum(len(pixels) for (pixels,) in calls)
 
 
 def test_a_picture_is_seen_once(
@@ -235,6 +235,8 @@ def test_bytes_are_normalised_to_the_pixel_values(dtype: torch.dtype) -> None:
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).repeat(1, 1, 1, 3)
     values = tiles.normalise(pixels, dtype)
     assert values.shape == (1, 3, 16, 16)
-    for channel, (mean, std) in enumerate(zip(tiles.IMAGENET_MEAN, tiles.IMAGENET_STD, strict=True)):
+    for channel, (mean, std) in enumerate(
+        zip(tiles.IMAGENET_MEAN, tiles.IMAGENET_STD, strict=True)
+    ):
         exact = (torch.arange(256).float() / 255 - torch.tensor(mean)) / torch.tensor(std)
         assert torch.equal(values[0, channel].flatten(), exact.to(dtype))

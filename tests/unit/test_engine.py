@@ -256,8 +256,7 @@ def test_an_error_while_streaming_reaches_the_reader(
     monkeypatch.setattr(engine, "_tokens", says(ids, RuntimeError("out of memory")))
     heard: list[str] = []
     with pytest.raises(RuntimeError, match="out of memory"):
-        for piece in engine.stream(requests[0], GREEDY):
-            heard.append(piece)
+        exhausted(engine.stream(requests[0], GREEDY), heard)
     # What may still change with the next token is held back.
     assert said.startswith("".join(heard))
     assert bool(heard) == bool(said)

@@ -83,7 +83,12 @@ class Engine(Protocol):
     """A loaded model that answers.
 
     All but `prepare` is called from one thread at a time.
+
+    Attributes:
+        batch_size: How many questions it is worth asking at once.
     """
+
+    batch_size: int
 
     def prepare(self, request: Request) -> Request:
         """The request, begun with as far as that does not keep the caller waiting; from any thread."""

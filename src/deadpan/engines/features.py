@@ -80,6 +80,9 @@ class PictureFeatures:
     def of(self, cuts: Sequence[Cut]) -> torch.Tensor:
         """What the language model reads of pictures, of shape (image token, hidden), in their order."""
         known = {cut.key: cut.features for cut in cuts if cut.features is not None}
+        with self._lock:
+            # What another batch has seen since these were cut.
+            known |= {cut.key: self._kept[cut.key] for cut in cuts if cut.key in self._kept}
         new = {cut.key: cut.pixels for cut in cuts if cut.key not in known}
         parts = [pixels for pixels in new.values() if pixels is not None]
         if parts:

@@ -430,7 +430,9 @@ class ModuleDecoder:
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
         # Zero is a token like another, and may be that of a picture.
-        places = ((ids == self._plain.config.image_token_id) & (mask == 1)).flatten().nonzero()[:, 0]
+        places = (
+            ((ids == self._plain.config.image_token_id) & (mask == 1)).flatten().nonzero()[:, 0]
+        )
         ids, mask = ids.to(device), mask.to(device)
         x = self._plain.get_input_embeddings()(ids)
         pictures = features(range(len(prompts)))

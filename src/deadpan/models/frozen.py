@@ -88,13 +88,12 @@ class Frozen:
         first, columns = weights[0], weights[0].shape[1]
         if len(weights) == 1:
             return first
-        # Another decoder over the same model has stacked them already.
-        ends = torch.tensor(self.sizes).cumsum(0).tolist()
-        begins = [first.storage_offset() + (e - n) * columns for e, n in zip(ends, self.sizes)]
-        places = [weight.storage_offset() for weight in weights]
+        # Another decoder over the same model may have stacked them already.
+        rows = torch.tensor([0, *self.sizes]).cumsum(0).tolist()
+        places = [first.storage_offset() + row * columns for row in rows[:-1]]
         storages = {weight.untyped_storage().data_ptr() for weight in weights}
-        if len(storages) == 1 and places == begins:
-            return first.as_strided((ends[-1], columns), (columns, 1))
+        if len(storages) == 1 and [weight.storage_offset() for weight in weights] == places:
+            return first.as_strided((rows[-1], columns), (columns, 1))
         stacked = torch.cat(weights)
         for layer, part in zip(self._layers, stacked.split(self.sizes), strict=True):
             layer.weight.data = part

@@ -5,6 +5,8 @@ in one pass over memory (`deadpan.models.elementwise`). Seven tiles are 7,175 ro
 saved saves as much as a small product takes.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -28,7 +30,7 @@ def unsupported(model: InternVLForConditionalGeneration) -> str | None:
 class _Layer:
     """One layer's parameters."""
 
-    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
         attention, mlp = layer.attention, layer.mlp
         self.qkv, self.out, self.fc1, self.fc2 = (
             Frozen(group, dtype, False)
