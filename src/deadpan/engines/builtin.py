@@ -286,7 +286,7 @@ class _Coming:
             self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
             self._tokens.copy_(tokens, non_blocking=True)
             self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(tokens.device))
 
     def ids(self) -> list[int]:
         if self._arrived is not None:

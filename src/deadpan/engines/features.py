@@ -86,15 +86,18 @@ class PictureFeatures:
         new = {cut.key: cut.pixels for cut in cuts if cut.key not in known}
         parts = [pixels for pixels in new.values() if pixels is not None]
         if parts:
-            seen = self._seen(torch.cat(parts))  # (tile, image token, hidden)
+            seen = self._seen(parts)  # (tile, image token, hidden)
             for key, part in zip(new, seen.split([len(pixels) for pixels in parts]), strict=True):
                 known[key] = part.flatten(0, 1)
         self._keep(known)
         return torch.cat([known[cut.key] for cut in cuts])
 
-    def _seen(self, pixels: torch.Tensor) -> torch.Tensor:
-        if self._device.type == "cuda":
-            pixels = pixels.pin_memory()
+    def _seen(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        count = sum(map(len, parts))
+        # Pinned, so that the copy to a GPU waits for nothing.
+        pinned = self._device.type == "cuda"
+        pixels = parts[0].new_empty((count, *parts[0].shape[1:]), pin_memory=pinned)
+        torch.cat(list(parts), out=pixels)
         pixels = pixels.to(self._device, non_blocking=True)
         with kernels():
             values = normalise(pixels, self._plain.dtype)

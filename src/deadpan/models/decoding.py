@@ -129,6 +129,7 @@ class Decoder:
         """How many rows of a length the GPU's free memory holds; at least 1."""
         if self._device.type != "cuda":
             return 2**31
+        length = -(-length // _STEP) * _STEP
         layer = self._layers[0]
         element = torch.empty((), dtype=self._dtype).element_size()
         row = length * len(self._layers) * 2 * layer.key_heads * layer.dim * element
@@ -136,7 +137,8 @@ class Decoder:
         kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         own = sum(cache.nbytes for cache in self._cache)
         spare = 2**31  # for the prompts' activations
-        return max(1, int((free + kept + own - spare) * 0.9) // row)
+        rows = max(1, int((free + kept + own - spare) * 0.9) // row)
+        return 1 << (rows.bit_length() - 1) if self._record else rows
 
     def begin(
         self,
@@ -227,17 +229,18 @@ class Decoder:
 
     def _recorded(self, plan: _Plan) -> None:
         """Record a step. It is run before, so that its kernels are compiled, chosen and loaded."""
-        side, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self._step(plan)
-        current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Another model's thread may allocate meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            plan.logits = self._step(plan)
-        plan.graph = graph
+        with torch.cuda.device(self._device):
+            side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    self._step(plan)
+            current.wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # Another model's thread may allocate meanwhile.
+            with torch.cuda.graph(graph, self._pool, side, capture_error_mode="thread_local"):
+                plan.logits = self._step(plan)
+            plan.graph = graph
 
     def _step(self, plan: _Plan) -> torch.Tensor:
         x = self._plain.get_input_embeddings()(plan.tokens)
