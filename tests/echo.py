@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 
 from deadpan.engines.base import GenerationSettings, Joke, Request
 from deadpan.errors import DeadpanError
@@ -19,9 +20,11 @@ class Echo:
         self.threads: set[int] = set()
         self.let, self.begun = threading.Event(), threading.Event()
         self.closed = False
+        self.prepared = 0
 
     def prepare(self, request: Request) -> Request:
-        return request
+        self.prepared += 1
+        return replace(request, prepared=self.prepared)
 
     def generate(self, requests: Sequence[Request], settings: GenerationSettings) -> list[Joke]:
         texts = [f"{request.turns[0].text}/{len(request.images)}" for request in requests]

@@ -209,6 +209,18 @@ def test_a_picture_is_seen_once(
     assert seen() > tiles_seen
 
 
+def test_a_prepared_request_is_not_cut_again(
+    loaded: Loaded, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = BuiltinEngine(loaded)
+    expected = engine.generate(requests, GREEDY)
+    cut = counted(monkeypatch, engine._features, "cut")
+    prepared = [engine.prepare(request) for request in requests]
+    assert len(cut) == len(requests)
+    assert engine.generate(prepared, GREEDY) == expected
+    assert len(cut) == len(requests)
+
+
 def test_what_is_kept_of_pictures_is_bounded(
     loaded: Loaded, requests: list[Request], seen: Callable[[], int]
 ) -> None:
