@@ -87,7 +87,8 @@ class _Worker:
                     found=f"{waiting} waiting, {len(job.requests)} more",
                     fix="ask again later",
                 )
-            begun = {id(request): self._engine.prepare(request) for request in job.requests}
+            different = {id(request): request for request in job.requests}
+            begun = {key: self._engine.prepare(request) for key, request in different.items()}
             job.requests = [begun[id(request)] for request in job.requests]
             self._waiting.append(job)
             self._changed.notify()
