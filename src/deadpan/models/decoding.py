@@ -32,7 +32,6 @@ from transformers import DynamicCache, InternVLForConditionalGeneration
 from deadpan.models import nf4
 from deadpan.models.answer_loss import plain_model
 from deadpan.models.attention import kernels
-from deadpan.models.elementwise import add_norm, norm, rotate, swiglu
 from deadpan.models.frozen import Rows
 from deadpan.models.fused import Layer
 from deadpan.models.fused import unsupported as unsupported_layers
@@ -333,7 +332,7 @@ class Decoder:
             qkv = layer.qkv.forward(Rows(n), None, layer.casts[0])[0]
             heads, key_heads = layer.heads, layer.key_heads
             qkv = qkv.view(len(n), heads + 2 * key_heads, layer.dim)
-            qkv = rotate(qkv, cos, sin, heads, key_heads)
+            qkv = layer.ops.rotate(qkv, cos, sin, heads, key_heads)
             q, kv = qkv.split([heads, 2 * key_heads], dim=1)
             cache.index_copy_(0, slots, kv if source is None else kv[source])
             out = attended(q, cache if last is None else kv).reshape(len(n), -1)
@@ -342,7 +341,7 @@ class Decoder:
             y = layer.o.forward(Rows(out), None, layer.casts[1])[0]
             x, n = self._normed(x, y, *layer.norms[1])
             gate_up = layer.gate_up.forward(Rows(n), None, layer.casts[2])[0]
-            h = swiglu(gate_up, 0.0, self._none, False)[0]
+            h = layer.ops.swiglu(gate_up, 0.0, self._none, False)[0]
             assert h is not None
             y = layer.down.forward(Rows(h), None, layer.casts[3])[0]
         logits: torch.Tensor = self._plain.lm_head(self._normed(x, y, *self._norm)[1])
@@ -353,9 +352,9 @@ class Decoder:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The sum of x and y, if there is a y, and its norm."""
         if y is None:
-            n = norm(x, weight, eps, 0.0, self._none, False)[0]
+            n = self._layers[0].ops.norm(x, weight, eps, 0.0, self._none, False)[0]
         else:
-            total, n, *_ = add_norm(x, y, weight, eps, 0.0, self._none, False)
+            total, n, *_ = self._layers[0].ops.add_norm(x, y, weight, eps, 0.0, self._none, False)
             assert total is not None
             x = total
         assert n is not None
