@@ -1,12 +1,13 @@
 """From pictures to what the language model reads of them.
 
-Cutting a picture into tiles is Pillow's work, which leaves Python's lock alone, so threads do it while
-the device computes. The device gets bytes and normalises them itself. What the vision tower made of the
+Threads prepare pictures while the device computes: a GPU gets their bytes and cuts them itself, and for
+another device, or with a Pillow that resizes otherwise, Pillow cuts. What the vision tower made of the
 latest pictures is kept, by a digest of their pixels: a further joke about the same picture costs neither
 tiles nor tower.
 """
 
 import hashlib
+import importlib.util
 import os
 import threading
 from collections import OrderedDict
@@ -22,6 +23,7 @@ from deadpan.models.answer_loss import plain_model
 from deadpan.models.attention import kernels
 from deadpan.models.fused_loss import picture_features, shuffled
 from deadpan.models.vision import VisionTower, unsupported
+from deadpan.processing import resampling
 from deadpan.processing.processor import TilePolicy
 from deadpan.processing.tiles import normalise
 
@@ -37,7 +39,7 @@ class Cut:
 
     Attributes:
         key: Tells it from others: its pixels, its size, and the pictures that share the tile limit.
-        pixels: Its tiles, or None where the features are known.
+        pixels: Its tiles, or itself where the device cuts, uint8; or None where the features are known.
         features: Of shape (image token, hidden), if known.
     """
 
@@ -60,6 +62,11 @@ class PictureFeatures:
         self._device = self._plain.lm_head.weight.device
         written_out = decoding.unsupported(model) is None and unsupported(self._plain) is None
         self._tower = VisionTower(self._plain) if written_out else None
+        self._device_cuts = (
+            self._device.type == "cuda"
+            and importlib.util.find_spec("triton") is not None
+            and resampling.is_pillows()
+        )
         self._policy, self._kept_bytes = policy, kept_bytes
         self._kept: OrderedDict[Key, torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
@@ -71,11 +78,19 @@ class PictureFeatures:
 
     def _cut(self, image: Image.Image, pictures: int) -> Cut:
         image = image.convert("RGB")
-        key = (hashlib.sha256(image.tobytes()).digest(), image.size, pictures)
+        content = image.tobytes()
+        key = (hashlib.sha256(content).digest(), image.size, pictures)
         with self._lock:
             features = self._kept.get(key)
-        pixels = None if features is not None else self._policy.pixel_bytes(image, pictures)
-        return Cut(key, pixels, features)
+        if features is not None:
+            return Cut(key, None, features)
+        if self._device_cuts:
+            flat = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            pixels = flat.view(image.height, image.width, 3)
+        else:
+            pixels = self._policy.pixel_bytes(image, pictures)
+        # Pinned, so that the copy to a GPU waits for nothing.
+        return Cut(key, pixels.pin_memory() if self._device.type == "cuda" else pixels, None)
 
     def of(self, cuts: Sequence[Cut]) -> torch.Tensor:
         """What the language model reads of pictures, of shape (image token, hidden), in their order."""
@@ -83,24 +98,40 @@ class PictureFeatures:
         with self._lock:
             # What another batch has seen since these were cut.
             known |= {cut.key: self._kept[cut.key] for cut in cuts if cut.key in self._kept}
-        new = {cut.key: cut.pixels for cut in cuts if cut.key not in known}
-        parts = [pixels for pixels in new.values() if pixels is not None]
-        if parts:
-            seen = self._seen(parts)  # (tile, image token, hidden)
-            for key, part in zip(new, seen.split([len(pixels) for pixels in parts]), strict=True):
+        new = {
+            cut.key: cut.pixels
+            for cut in cuts
+            if cut.key not in known and cut.pixels is not None
+        }
+        if new:
+            counts = [self._policy.count(size, pictures) for _, size, pictures in new]
+            seen = self._seen(self._pixel_values(new, counts))  # (tile, image token, hidden)
+            for key, part in zip(new, seen.split(counts), strict=True):
                 known[key] = part.flatten(0, 1)
         self._keep(known)
         return torch.cat([known[cut.key] for cut in cuts])
 
-    def _seen(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        count = sum(map(len, parts))
-        # Pinned, so that the copy to a GPU waits for nothing.
-        pinned = self._device.type == "cuda"
-        pixels = parts[0].new_empty((count, *parts[0].shape[1:]), pin_memory=pinned)
-        torch.cat(list(parts), out=pixels)
-        pixels = pixels.to(self._device, non_blocking=True)
+    def _pixel_values(
+        self, pictures: dict[Key, torch.Tensor], counts: Sequence[int]
+    ) -> torch.Tensor:
+        """What the vision tower reads of pictures that have so many tiles each."""
+        moved = [pixels.to(self._device, non_blocking=True) for pixels in pictures.values()]
+        if not self._device_cuts:
+            return normalise(torch.cat(moved), self._plain.dtype)
+        from deadpan.processing import gpu_tiles
+
+        edge = self._policy.tile_size
+        shape = (sum(counts), 3, edge, edge)
+        values = torch.empty(shape, dtype=self._plain.dtype, device=self._device)
+        for (_, size, beside), pixels, out in zip(
+            pictures, moved, values.split(list(counts)), strict=True
+        ):
+            gpu_tiles.put_pixel_values(pixels, self._policy.grid(size, beside), out)
+        return values
+
+    def _seen(self, values: torch.Tensor) -> torch.Tensor:
+        """Tiles to what the language model reads of them, (tile, image token, hidden)."""
         with kernels():
-            values = normalise(pixels, self._plain.dtype)
             if self._tower is None:
                 features = picture_features(self._plain, values)
             else:

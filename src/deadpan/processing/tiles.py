@@ -121,7 +121,7 @@ def pixel_bytes(
 
 
 @cache
-def _normalised() -> torch.Tensor:
+def normalised_bytes() -> torch.Tensor:
     """What each of the 256 values of each channel becomes, float32 of shape (3, 256)."""
     # Division first, then mean, then std, each in float32: any other order differs in the last bit from upstream.
     values = np.arange(256, dtype=np.float32) / np.float32(255)
@@ -141,7 +141,7 @@ def normalise(pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch
     Returns:
         Of shape (tile, 3, row, column).
     """
-    table = _normalised().to(pixels.device, dtype)
+    table = normalised_bytes().to(pixels.device, dtype)
     out = pixels.new_empty((len(pixels), 3, *pixels.shape[1:3]), dtype=dtype)
     for channel in range(3):
         places = pixels[..., channel].to(torch.int32).flatten()
