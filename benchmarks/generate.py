@@ -17,6 +17,7 @@ With --tiny it all runs on a CPU, with nano in float32.
 
 import argparse
 import gc
+import hashlib
 import shutil
 import statistics
 import tempfile
@@ -228,10 +229,23 @@ class Bench:
         row["eight_of_one_s"] = seconds(lambda: engine.generate([other] * 8, drawn))
         return row
 
+    def _pixels(self, image: Image.Image) -> dict[str, float]:
+        """What one core takes for a picture: to copy its bytes, to digest them, and to cut it as Pillow does."""
+        content = image.tobytes()
+        parts = {
+            "bytes_ms": image.tobytes,
+            "digest_ms": lambda: hashlib.sha256(content).digest(),
+            "pillow_ms": lambda: self.loaded.processor.tile_policy.pixel_bytes(image, 1),
+        }
+        return {
+            name: 1e3 * min(seconds(work) for _ in range(3)) for name, work in parts.items()
+        }
+
     def _parts(self, decoder: Decoder, engine: BuiltinEngine, count: int) -> dict[str, Any]:
         """Milliseconds of each part, one after the other."""
-        row: dict[str, Any] = {"at_once": count}
-        prompts = engine._prompts(self.pictures.next(count))
+        requests = self.pictures.next(count)
+        row: dict[str, Any] = {"at_once": count, **self._pixels(requests[0].images[0])}
+        prompts = engine._prompts(requests)
         ids = [prompt.ids for prompt in prompts]
         with torch.inference_mode():
 
@@ -243,22 +257,37 @@ class Bench:
 
             row["pixels_ms"] = 1e3 * statistics.median(seconds(cut) for _ in range(3))
             cuts = [[each.result() for each in prompt.cuts or []] for prompt in prompts]
+            # As many at once as the engine takes.
+            several = [
+                [cut for of in cuts[i : i + 8] for cut in of] for i in range(0, count, 8)
+            ]
+            features = engine._features
+            counts = [[features._count(cut.key) for cut in part] for part in several]
+
+            def values() -> list[torch.Tensor]:
+                return [
+                    features._pixel_values({cut.key: cut.pixels for cut in part}, tiles)
+                    for part, tiles in zip(several, counts, strict=True)
+                ]
+
+            made = values()
+            row["values_ms"] = 1e3 * min(seconds(values) for _ in range(3))
+            row["tower_first_s"] = seconds(lambda: [features._seen(each) for each in made])
+            row["tower_ms"] = 1e3 * min(
+                seconds(lambda: [features._seen(each) for each in made]) for _ in range(3)
+            )
 
             def see() -> list[torch.Tensor]:
-                # As many at once as the engine takes.
-                return [
-                    engine._features.of([cut for of in cuts[i : i + 8] for cut in of])
-                    for i in range(0, count, 8)
-                ]
+                return [features.of(part) for part in several]
 
             seen = torch.cat(see()).split([len(self._images(prompt)) for prompt in ids])
             row["vision_ms"] = 1e3 * min(seconds(see) for _ in range(2))
 
-            def features(wanted: Sequence[int]) -> torch.Tensor:
+            def known(wanted: Sequence[int]) -> torch.Tensor:
                 return torch.cat([seen[i] for i in wanted])
 
             def read() -> torch.Tensor:
-                return decoder.begin(ids, range(count), features, NEW_TOKENS)
+                return decoder.begin(ids, range(count), known, NEW_TOKENS)
 
             row["plan_s"] = seconds(
                 lambda: decoder._planned(count, max(map(len, ids)) + NEW_TOKENS)

@@ -104,12 +104,16 @@ class PictureFeatures:
             if cut.key not in known and cut.pixels is not None
         }
         if new:
-            counts = [self._policy.count(size, pictures) for _, size, pictures in new]
+            counts = [self._count(key) for key in new]
             seen = self._seen(self._pixel_values(new, counts))  # (tile, image token, hidden)
             for key, part in zip(new, seen.split(counts), strict=True):
                 known[key] = part.flatten(0, 1)
         self._keep(known)
         return torch.cat([known[cut.key] for cut in cuts])
+
+    def _count(self, key: Key) -> int:
+        """A picture's tiles."""
+        return self._policy.count(*key[1:])
 
     def _pixel_values(
         self, pictures: dict[Key, torch.Tensor], counts: Sequence[int]

@@ -41,11 +41,13 @@ def _along_kernel(
     column, channel = at // 3, at % 3
     begin = tl.load(first + column, inside, 0)
     total = tl.full((block,), 1 << (bits - 1), tl.int32)
-    for tap in range(taps):
+    tap = 0
+    while tap < taps:  # the interpreter has no range up to an argument
         old = begin + tap
         seen = inside & (old < size)
         value = tl.load(pixels + row * size * 3 + old * 3 + channel, seen, 0).to(tl.int32)
         total += value * tl.load(weights + tap * width + column, inside, 0)
+        tap += 1
     tl.store(out + row * width * 3 + at, _rounded(total, bits).to(tl.uint8), inside)
 
 
@@ -70,11 +72,13 @@ def _down_kernel(
     begin = tl.load(first + row)
     total = tl.full((block,), 1 << (bits - 1), tl.int32)
     column = (across * edge + at) * 3 + channel
-    for tap in range(taps):
+    tap = 0
+    while tap < taps:  # the interpreter has no range up to an argument
         old = begin + tap
         place = tl.minimum(old, size - 1).to(tl.int64) * width * 3 + column
         value = tl.load(pixels + place, inside, 0).to(tl.int32)
         total += value * tl.load(weights + tap * height + row)
+        tap += 1
     value = tl.load(table + channel * 256 + _rounded(total, bits), inside, 0.0)
     tile = (row // edge) * (width // edge) + across
     tl.store(out + ((tile * 3 + channel) * edge + row % edge) * edge + at, value, inside)
