@@ -22,7 +22,7 @@ from deadpan.models import decoding
 from deadpan.models.answer_loss import plain_model
 from deadpan.models.attention import kernels
 from deadpan.models.fused_loss import picture_features, shuffled
-from deadpan.models.vision import VisionTower, unsupported
+from deadpan.models.vision import Recorded, VisionTower, unsupported
 from deadpan.processing import resampling
 from deadpan.processing.processor import TilePolicy
 from deadpan.processing.tiles import normalise
@@ -62,6 +62,8 @@ class PictureFeatures:
         self._device = self._plain.lm_head.weight.device
         written_out = decoding.unsupported(model) is None and unsupported(self._plain) is None
         self._tower = VisionTower(self._plain) if written_out else None
+        # For one picture; several keep a GPU busy.
+        self._seen = Recorded(self._see, policy.max_tiles + 1 if self._tower else 0)
         self._device_cuts = (
             self._device.type == "cuda"
             and importlib.util.find_spec("triton") is not None
@@ -133,7 +135,7 @@ class PictureFeatures:
             gpu_tiles.put_pixel_values(pixels, self._policy.grid(size, beside), out)
         return values
 
-    def _seen(self, values: torch.Tensor) -> torch.Tensor:
+    def _see(self, values: torch.Tensor) -> torch.Tensor:
         """Tiles to what the language model reads of them, (tile, image token, hidden)."""
         with kernels():
             if self._tower is None:
