@@ -237,9 +237,7 @@ class Bench:
             "digest_ms": lambda: hashlib.sha256(content).digest(),
             "pillow_ms": lambda: self.loaded.processor.tile_policy.pixel_bytes(image, 1),
         }
-        return {
-            name: 1e3 * min(seconds(work) for _ in range(3)) for name, work in parts.items()
-        }
+        return {name: 1e3 * min(seconds(work) for _ in range(3)) for name, work in parts.items()}
 
     def _parts(self, decoder: Decoder, engine: BuiltinEngine, count: int) -> dict[str, Any]:
         """Milliseconds of each part, one after the other."""
@@ -258,15 +256,15 @@ class Bench:
             row["pixels_ms"] = 1e3 * statistics.median(seconds(cut) for _ in range(3))
             cuts = [[each.result() for each in prompt.cuts or []] for prompt in prompts]
             # As many at once as the engine takes.
-            several = [
-                [cut for of in cuts[i : i + 8] for cut in of] for i in range(0, count, 8)
-            ]
+            several = [[cut for of in cuts[i : i + 8] for cut in of] for i in range(0, count, 8)]
             features = engine._features
             counts = [[features._count(cut.key) for cut in part] for part in several]
 
             def values() -> list[torch.Tensor]:
                 return [
-                    features._pixel_values({cut.key: cut.pixels for cut in part}, tiles)
+                    features._pixel_values(
+                        {cut.key: cut.pixels for cut in part if cut.pixels is not None}, tiles
+                    )
                     for part, tiles in zip(several, counts, strict=True)
                 ]
 

@@ -10,8 +10,10 @@ from deadpan.checkpoints.load import Loaded, load
 from deadpan.data.records import Turn
 from deadpan.engines.base import GenerationSettings, Request
 from deadpan.engines.builtin import BuiltinEngine
+from deadpan.engines.features import PictureFeatures
 from deadpan.models.decoding import Decoder
-from deadpan.processing import tiles
+from deadpan.models.vision import Recorded
+from deadpan.processing import resampling, tiles
 
 pytestmark = [
     pytest.mark.gpu,
@@ -121,6 +123,30 @@ def test_nf4_answers(tiny: Path, requests: list[Request]) -> None:
     quantised = load(tiny, device="cuda", dtype="bf16", quantization="nf4")
     jokes = BuiltinEngine(quantised).generate(requests, SETTINGS)
     assert [joke.tokens for joke in jokes] == [16] * len(requests)
+
+
+def test_a_recorded_tower_sees_what_the_tower_sees(loaded: Loaded) -> None:
+    features = PictureFeatures(loaded.model, loaded.processor.tile_policy, 0)
+    assert isinstance(features._seen, Recorded)
+    edge = loaded.processor.tile_policy.tile_size
+    with torch.inference_mode():
+        for count in (2, 5, 2, 1):
+            values = torch.randn(count, 3, edge, edge, device="cuda", dtype=torch.bfloat16)
+            expected = features._see(values)
+            assert torch.equal(features._seen(values), expected)
+        assert set(features._seen._known) == {1, 2, 5}
+
+
+def test_a_gpu_sees_the_pictures_that_pillow_cuts(loaded: Loaded, requests: list[Request]) -> None:
+    found = []
+    for device_cuts in (True, False):
+        features = PictureFeatures(loaded.model, loaded.processor.tile_policy, 0)
+        assert features._device_cuts == resampling.is_pillows()
+        features._device_cuts &= device_cuts
+        cuts = [cut.result() for each in requests for cut in features.cut(each.images)]
+        with torch.inference_mode():
+            found.append([features.of(cuts[:1]), features.of(cuts)])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 def test_a_gpu_normalises_bit_for_bit() -> None:

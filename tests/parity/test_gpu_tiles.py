@@ -21,7 +21,9 @@ EDGE, SIZES = 8, [(19, 13), (8, 8), (3, 20)]
 if not INTERPRETED:
     EDGE, SIZES = 448, [(1200, 800), (300, 2000), (448, 448), (4000, 3000), (17, 900), (1, 1)]
 
-pytestmark = [pytest.mark.skipif(not resampling.is_pillows(), reason="this Pillow rounds otherwise")]
+pytestmark = [
+    pytest.mark.skipif(not resampling.is_pillows(), reason="this Pillow rounds otherwise")
+]
 if not INTERPRETED:
     pytestmark += [
         pytest.mark.gpu,
@@ -29,7 +31,9 @@ if not INTERPRETED:
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16]
+)
 @pytest.mark.parametrize("size", SIZES)
 def test_every_value_is_the_processors(size: tuple[int, int], dtype: torch.dtype) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)

@@ -1,7 +1,9 @@
 """The decoder that answers, against transformers' own generation, and what it shares and keeps."""
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from deadpan.checkpoints.load import Loaded, load
 from deadpan.data.records import Turn
 from deadpan.engines.base import GenerationSettings, Request
 from deadpan.engines.builtin import BuiltinEngine
+from deadpan.engines.features import PictureFeatures
 from deadpan.models import decoding, lora
 from deadpan.models.decoding import Decoder
 from deadpan.processing import tiles
@@ -239,6 +242,31 @@ def test_what_is_kept_of_pictures_is_bounded(
     none.generate(requests, GREEDY)
     assert seen() > before
     assert not none._features._kept
+
+
+def test_a_device_that_cuts_gets_whole_pictures_and_their_grids(
+    loaded: Loaded, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cutting(pixels: torch.Tensor, grid: tuple[int, int], out: torch.Tensor) -> None:
+        columns, rows = grid
+        picture = Image.fromarray(pixels.numpy())
+        size, count = out.shape[-1], columns * rows
+        cut = tiles.pixel_values(picture, count, size, len(out) > count, count)
+        out.copy_(cut)
+
+    monkeypatch.setitem(
+        sys.modules, "deadpan.processing.gpu_tiles", SimpleNamespace(put_pixel_values=cutting)
+    )
+    several = [Image.open(pictures[i]).convert("RGB") for i in (0, 3, 2)]
+    found = []
+    for device_cuts in (False, True):
+        features = PictureFeatures(loaded.model, loaded.processor.tile_policy, 0)
+        features._device_cuts = device_cuts
+        cuts = [cut.result() for images in (several, several[:1]) for cut in features.cut(images)]
+        assert all((cut.pixels.ndim == 3) == device_cuts for cut in cuts if cut.pixels is not None)
+        with torch.inference_mode():
+            found.append(features.of(cuts))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

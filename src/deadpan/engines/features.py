@@ -101,9 +101,7 @@ class PictureFeatures:
             # What another batch has seen since these were cut.
             known |= {cut.key: self._kept[cut.key] for cut in cuts if cut.key in self._kept}
         new = {
-            cut.key: cut.pixels
-            for cut in cuts
-            if cut.key not in known and cut.pixels is not None
+            cut.key: cut.pixels for cut in cuts if cut.key not in known and cut.pixels is not None
         }
         if new:
             counts = [self._count(key) for key in new]
