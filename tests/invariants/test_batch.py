@@ -33,6 +33,8 @@ DRAWN = GenerationSettings(temperature=1.0, seed=7)
 class Parrot:
     """An engine that names the picture, where it stands in its batch, and the seed, as drawing would."""
 
+    batch_size = 8
+
     def __init__(self, pause: float = 0.0) -> None:
         self.asked: list[str] = []
         self._pause = pause

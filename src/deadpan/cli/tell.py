@@ -116,8 +116,7 @@ def tell(
         "quantization": quantization,
         "max_tiles": max_tiles,
         "base": base,
-        "batch_size": batch_size
-        or (None if engine == "builtin" else ConcurrentEngine.batch_size),
+        "batch_size": batch_size or (None if engine == "builtin" else ConcurrentEngine.batch_size),
     }
     if many is not None and out is not None:
         _tell_many(model, many, images, out, prompt or PROMPT, n, settings, device, options)
