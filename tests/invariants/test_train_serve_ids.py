@@ -19,7 +19,6 @@ from deadpan.data.records import load as load_records
 from deadpan.engines.base import GenerationSettings, Request
 from deadpan.engines.builtin import BuiltinEngine
 from deadpan.models import lora
-from deadpan.models.answer_loss import plain_model
 from deadpan.processing.encoding import IGNORE_INDEX
 from deadpan.processing.processor import load_processor
 from deadpan.processing.template import IMAGE_END, IMAGE_START, IMAGE_TOKEN
@@ -72,9 +71,9 @@ def asked(folders: dict[str, Path]) -> Callable[[str, Request], tuple[list[int],
         if layout not in loaded:
             loaded[layout] = load(folders[layout], device="cpu", dtype="fp32")
         engine = BuiltinEngine(loaded[layout])
-        tower = plain_model(loaded[layout].model).model.vision_tower
+        features = engine._features
         with (
-            patch.object(tower, "forward", wraps=tower.forward) as seen,
+            patch.object(features, "_seen", wraps=features._seen) as seen,
             patch.object(engine, "_tokens", wraps=engine._tokens) as read,
         ):
             engine.generate([question], GREEDY)

@@ -159,3 +159,4 @@ class PictureFeatures:
         """Let go of what is kept, and of the threads."""
         self._threads.shutdown(cancel_futures=True)
         self._kept.clear()
+        del self._seen  # it refers to what holds it
