@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 
 from deadpan.engines.base import GenerationSettings, Joke, Request
 from deadpan.errors import DeadpanError
@@ -10,6 +11,8 @@ from deadpan.errors import DeadpanError
 class Echo:
     """Says the question back, once it is let; a question `bad` is a mistake."""
 
+    batch_size = 8
+
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
         self.requests: list[Request] = []
@@ -17,6 +20,11 @@ class Echo:
         self.threads: set[int] = set()
         self.let, self.begun = threading.Event(), threading.Event()
         self.closed = False
+        self.prepared = 0
+
+    def prepare(self, request: Request) -> Request:
+        self.prepared += 1
+        return replace(request, prepared=self.prepared)
 
     def generate(self, requests: Sequence[Request], settings: GenerationSettings) -> list[Joke]:
         texts = [f"{request.turns[0].text}/{len(request.images)}" for request in requests]

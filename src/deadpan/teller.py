@@ -11,7 +11,7 @@ from deadpan.checkpoints.load import load as load_checkpoint
 from deadpan.data.pictures import open_picture
 from deadpan.data.records import IMAGE_TAG, PROMPT, Turn
 from deadpan.engines.base import Engine, GenerationSettings, Joke, Request
-from deadpan.engines.builtin import BATCH_SIZE, BuiltinEngine
+from deadpan.engines.builtin import BuiltinEngine
 from deadpan.engines.concurrent import check_installed
 from deadpan.engines.exported import ENGINES, find_export
 from deadpan.engines.lmdeploy import LmdeployEngine
@@ -27,12 +27,12 @@ class Teller:
 
     Args:
         loaded: What `deadpan.checkpoints.load.load` returns.
-        batch_size: Answers computed at once.
+        batch_size: Answers computed at once; None for what suits the device.
         engine: What answers; by default the builtin engine, with the loaded model.
     """
 
     def __init__(
-        self, loaded: Loaded, batch_size: int = BATCH_SIZE, engine: Engine | None = None
+        self, loaded: Loaded, batch_size: int | None = None, engine: Engine | None = None
     ) -> None:
         self._loaded = loaded
         self.engine: Engine = engine or BuiltinEngine(loaded, batch_size)
@@ -150,7 +150,7 @@ def load(
     quantization: str = "none",
     max_tiles: int | None = None,
     base: str | Path | None = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     engine: str = "builtin",
     memory: float = 0.9,
     progress: Progress | None = None,
@@ -165,7 +165,7 @@ def load(
         quantization: none, nf4 or fp8.
         max_tiles: Overrides the checkpoint's own tile limit.
         base: For an adapter whose base model has moved: where it is now.
-        batch_size: Answers computed at once; vLLM and LMDeploy decide it themselves.
+        batch_size: Answers computed at once; None for what suits the device. vLLM and LMDeploy decide it themselves.
         engine: builtin, vllm or lmdeploy. The last two load exports in the Hugging Face layout, on a GPU. vLLM
             starts a process, so a script needs `if __name__ == "__main__":`.
         memory: For vLLM and LMDeploy: the share of the GPU's memory that they may take.

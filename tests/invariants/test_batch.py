@@ -33,9 +33,14 @@ DRAWN = GenerationSettings(temperature=1.0, seed=7)
 class Parrot:
     """An engine that names the picture, where it stands in its batch, and the seed, as drawing would."""
 
+    batch_size = 8
+
     def __init__(self, pause: float = 0.0) -> None:
         self.asked: list[str] = []
         self._pause = pause
+
+    def prepare(self, request: Request) -> Request:
+        return request
 
     def generate(self, requests: Sequence[Request], settings: GenerationSettings) -> list[Joke]:
         time.sleep(self._pause)

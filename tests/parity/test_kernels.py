@@ -78,6 +78,12 @@ def test_a_row_at_a_time(name: str, share: float, fp8: bool) -> None:
     assert_same(found, getattr(elementwise, name)(*arguments, share, seed(), fp8))
 
 
+def test_a_scaled_sum_and_its_layer_norm() -> None:
+    x, y, scale = drawn(ROWS, HIDDEN) + 3, drawn(ROWS, HIDDEN).flip(0), drawn(HIDDEN)
+    arguments = (x, y, scale, 1 + 0.1 * drawn(HIDDEN), drawn(HIDDEN).flip(0), EPS)
+    assert_same(kernels.add_layer_norm(*arguments), elementwise.add_layer_norm(*arguments))
+
+
 def test_what_dropout_leaves_is_added() -> None:
     x, y = drawn(ROWS, HIDDEN), drawn(ROWS, HIDDEN).flip(0)
     found = kernels.add_dropped(x, y, 0.25, seed())

@@ -245,20 +245,22 @@ def test_a_long_prompt_leaves_no_trace_on_the_next(
 @pytest.fixture
 def spied(
     loaded: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch
-) -> tuple[BuiltinEngine, list[dict[str, Any]]]:
-    """An engine, and a list of what its model was given and gave back."""
+) -> tuple[BuiltinEngine, list[tuple[list[list[int]], list[list[int]]]]]:
+    """An engine, and for each of its batches the prompts' ids and the steps' tokens."""
     subject = loaded("sdpa")
-    calls: list[dict[str, Any]] = []
-    generate = subject.model.generate
-
-    def spy(**arguments: Any) -> torch.Tensor:
-        output: torch.Tensor = generate(**arguments)
-        calls.append({**arguments, "output": output})
-        return output
-
-    monkeypatch.setattr(subject.model, "generate", spy)
     processor = copy.copy(subject.processor)  # its stop token may be changed
-    return BuiltinEngine(replace(subject, processor=processor)), calls
+    engine = BuiltinEngine(replace(subject, processor=processor))
+    calls: list[tuple[list[list[int]], list[list[int]]]] = []
+    tokens = engine._tokens
+
+    def spy(batch: Any, *arguments: Any) -> Iterator[list[int]]:
+        calls.append(([prompt.ids for prompt in batch], []))
+        for step in tokens(batch, *arguments):
+            calls[-1][1].append(step)
+            yield step
+
+    monkeypatch.setattr(engine, "_tokens", spy)
+    return engine, calls
 
 
 def requests(official: Path, images: list[str], questions: list[str]) -> list[Request]:
@@ -269,36 +271,37 @@ def requests(official: Path, images: list[str], questions: list[str]) -> list[Re
 
 
 def test_a_batch_is_answered_as_batch_chat_does(
-    spied: tuple[BuiltinEngine, list[dict[str, Any]]], official: Path, reference: dict[str, Any]
+    spied: tuple[BuiltinEngine, list[tuple[list[list[int]], list[list[int]]]]],
+    official: Path,
+    reference: dict[str, Any],
 ) -> None:
     (engine, calls), expected = spied, reference["batch_chat"]
     jokes = engine.generate(requests(official, expected["images"], expected["questions"]), GREEDY)
-    (call,) = calls
-    assert call["input_ids"].tolist() == expected["input_ids"]
-    assert call["attention_mask"].tolist() == expected["attention_mask"]
-    width = call["input_ids"].shape[1]
-    assert call["output"][:, width:].tolist() == expected["new_tokens"]
+    ((prompts, steps),) = calls
+    # The official code pads on the left.
+    masks = expected["attention_mask"]
+    assert prompts == [
+        ids[len(mask) - sum(mask) :] for ids, mask in zip(expected["input_ids"], masks, strict=True)
+    ]
+    assert [list(answer) for answer in zip(*steps, strict=True)] == expected["new_tokens"]
     assert [joke.text for joke in jokes] == expected["responses"]
     assert [(joke.tokens, joke.finish_reason) for joke in jokes] == [(24, "length")] * 2
-    assert [joke.prompt_tokens for joke in jokes] == [sum(m) for m in expected["attention_mask"]]
+    assert [joke.prompt_tokens for joke in jokes] == [sum(mask) for mask in masks]
 
 
 def test_an_answer_ends_at_the_stop_token(
-    spied: tuple[BuiltinEngine, list[dict[str, Any]]],
-    loaded: Callable[[str], Loaded],
+    spied: tuple[BuiltinEngine, list[tuple[list[list[int]], list[list[int]]]]],
     official: Path,
     reference: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # The model says <|im_end|> nowhere, so a token that it does say stands in.
     (engine, calls), expected = spied, reference["stop_at_eos"]
     stop = expected["eos_token_id"]
-    monkeypatch.setattr(loaded("sdpa").model.generation_config, "eos_token_id", stop)
     engine._processor.stop_id = stop
     case = reference["cases"][expected["case"]]
     (request,) = requests(official, case["images"], [case["question"]])
     (joke,) = engine.generate([request], GREEDY)
-    assert calls[0]["output"][0, joke.prompt_tokens :].tolist() == expected["new_tokens"]
+    assert [token for (token,) in calls[0][1]] == expected["new_tokens"]
     assert (joke.tokens, joke.finish_reason) == (len(expected["new_tokens"]), "stop")
     said = engine._processor.tokenizer.decode(expected["new_tokens"][:-1])
     assert joke.text == said.strip()

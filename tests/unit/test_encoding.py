@@ -174,6 +174,13 @@ def test_exactly_the_answers_and_their_stop_tokens_are_learned(processor: Proces
         assert spelled == answer.strip().replace("<ref>", "")
 
 
+def test_rows_of_a_padded_vocabulary_say_nothing(processor: Processor) -> None:
+    answer = processor.choice("一只猫")[:-1]
+    beyond = len(processor.tokenizer) + 7
+    assert processor.decode([beyond, *answer[:1], beyond, *answer[1:]]) == "一只猫"
+    assert processor.decode([beyond]) == ""
+
+
 def test_a_prompt_is_the_beginning_of_what_was_trained_on(processor: Processor) -> None:
     texts = random_texts(400, seed=3)
     for number in range(0, len(texts), 4):

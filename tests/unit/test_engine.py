@@ -1,4 +1,3 @@
-import threading
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -188,22 +187,23 @@ def exhausted(stream: Generator[str, None, Joke], pieces: list[str]) -> Joke:
             return cast(Joke, end.value)
 
 
-def says(ids: list[int], error: Exception | None = None) -> Callable[..., torch.Tensor]:
-    """Stands in for a model's `generate` that streams these tokens, and then may fail."""
+def says(ids: list[int], error: Exception | None = None) -> Callable[..., Iterator[list[int]]]:
+    """Stands in for an engine's steps: gives these tokens, and then may fail."""
 
-    def generate(streamer: Any, input_ids: torch.Tensor, **_: object) -> torch.Tensor:
-        streamer.put(input_ids)
+    def tokens(*_: object) -> Iterator[list[int]]:
         for token in ids:
-            streamer.put(torch.tensor([token]))
+            yield [token]
         if error is not None:
             raise error
-        return torch.cat([input_ids, torch.tensor([ids])], dim=1)
 
-    return generate
+    return tokens
 
 
 def test_whatever_is_streamed_is_what_the_whole_decodes_to(
-    loaded: Loaded, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+    loaded: Loaded,
+    engine: BuiltinEngine,
+    requests: list[Request],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Tokens at random: bytes that are no text, spaces, new lines, special tokens, Chinese, Latin."""
     tokenizer, generator = loaded.processor.tokenizer, torch.Generator().manual_seed(0)
@@ -214,37 +214,52 @@ def test_whatever_is_streamed_is_what_the_whole_decodes_to(
         pool = [*anything, *(odd * 12)[:12]]
         ids = [pool[i] for i in torch.randint(24, (24,), generator=generator).tolist()]
         ids = [token for token in ids if token != loaded.processor.stop_id]
-        monkeypatch.setattr(loaded.model, "generate", says([*ids, loaded.processor.stop_id]))
-        pieces = list(BuiltinEngine(loaded).stream(requests[0], GREEDY))
+        monkeypatch.setattr(engine, "_tokens", says([*ids, loaded.processor.stop_id]))
+        pieces = list(engine.stream(requests[0], GREEDY))
         assert "".join(pieces) == loaded.processor.decode(ids), ids
         heard.update("".join(pieces))
     assert heard >= set("上a … \n\ufffd")
 
 
-def _read(pieces: Iterator[str], into: list[object]) -> None:
-    try:
-        for piece in pieces:
-            into.append(piece)
-    except RuntimeError as error:
-        into.append(error)
+def test_a_stream_that_nobody_reads_on_computes_no_more(
+    engine: BuiltinEngine, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = 0
+    decoder = engine._decoder
+    assert decoder is not None
+    step = decoder.step
+
+    def counted(tokens: torch.Tensor) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        return step(tokens)
+
+    monkeypatch.setattr(decoder, "step", counted)
+    stream = engine.stream(requests[1], GREEDY)
+    next(stream)
+    heard = steps
+    stream.close()
+    assert steps == heard < GREEDY.max_new_tokens - 1
+    assert list(engine.stream(requests[1], GREEDY))
+    assert steps == heard + GREEDY.max_new_tokens - 1
 
 
 @pytest.mark.parametrize("said", ["", "冷得像"])
 def test_an_error_while_streaming_reaches_the_reader(
-    loaded: Loaded, requests: list[Request], said: str, monkeypatch: pytest.MonkeyPatch
+    loaded: Loaded,
+    engine: BuiltinEngine,
+    requests: list[Request],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ids = loaded.processor.tokenizer(said, add_special_tokens=False)["input_ids"]
-    monkeypatch.setattr(loaded.model, "generate", says(ids, RuntimeError("out of memory")))
-    heard: list[object] = []
-    stream = BuiltinEngine(loaded).stream(requests[0], GREEDY)
-    reader = threading.Thread(target=_read, args=(stream, heard), daemon=True)
-    reader.start()
-    reader.join(timeout=30)
-    assert not reader.is_alive()
-    *pieces, error = heard
-    assert "".join(map(str, pieces)) == said
-    assert isinstance(error, RuntimeError)
-    assert str(error) == "out of memory"
+    monkeypatch.setattr(engine, "_tokens", says(ids, RuntimeError("out of memory")))
+    heard: list[str] = []
+    with pytest.raises(RuntimeError, match="out of memory"):
+        exhausted(engine.stream(requests[0], GREEDY), heard)
+    # What may still change with the next token is held back.
+    assert said.startswith("".join(heard))
+    assert bool(heard) == bool(said)
 
 
 @pytest.mark.parametrize("index", [0, 2, 3])

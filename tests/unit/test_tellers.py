@@ -148,3 +148,20 @@ def test_a_stream_comes_in_pieces_and_ends_when_its_reader_leaves() -> None:
         assert whole == ["z", Joke("z", 1, 1, "stop")]
 
     run(story())
+
+
+def test_an_engine_begins_with_what_waits_and_equal_requests_stay_one() -> None:
+    async def scenario() -> None:
+        engine = Echo()
+        tellers = Tellers({"echo": engine})
+        first = await asked(tellers, engine, "first")
+        question = Request([DOT], [Turn("human", "several")])
+        several = asyncio.create_task(tellers.ask("echo", [question] * 3, GREEDY))
+        await asyncio.sleep(0)
+        assert (engine.prepared, len(engine.requests)) == (2, 1)
+        engine.let.set()
+        await asyncio.gather(*first, several)
+        assert [request.prepared for request in engine.requests] == [1, 2, 2, 2]
+        await tellers.close()
+
+    run(scenario())

@@ -13,11 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from deadpan.batch.jokes import Broken, Jokes, Writer
 from deadpan.batch.pictures import Item
-from deadpan.engines.base import Engine, GenerationSettings
+from deadpan.engines.base import Engine, GenerationSettings, Request
 from deadpan.errors import DeadpanError
 from deadpan.train.processes import Processes
 
@@ -124,13 +122,17 @@ def _tell(
     """Ask one process's batches; returns the pictures told."""
     new, seen, total = 0, 0, sum(len(batch) for _, batch in batches)
     engine: Engine | None = None
-    for number, asked, opened in _opened(batches):
+
+    def prepared(request: Request) -> Request:
+        return request if engine is None else engine.prepare(request)
+
+    for number, asked, opened in _opened(batches, prepared):
         broken += [Broken(item, why) for item, why in opened if isinstance(why, str)]
-        whole = [(item, images) for item, images in opened if not isinstance(images, str)]
+        whole = [(item, request) for item, request in opened if isinstance(request, Request)]
         # A batch of which only broken pictures are left untold needs no answers.
         if any(item.id not in done for item, _ in whole):
             engine = engine or engine_of()
-            requests = [item.request(images) for item, images in whole for _ in range(n)]
+            requests = [request for _, request in whole for _ in range(n)]
             answers = engine.generate(requests, _seeded(settings, number))
             for place, (item, _) in enumerate(whole):
                 if item.id not in done:
@@ -146,15 +148,16 @@ def _tell(
 
 
 def _opened(
-    batches: Sequence[tuple[int, Sequence[Item]]],
-) -> Iterator[tuple[int, Sequence[Item], list[tuple[Item, list[Image.Image] | str]]]]:
-    """The batches with their pictures opened, the next one's while this one is being asked."""
+    batches: Sequence[tuple[int, Sequence[Item]]], prepared: Callable[[Request], Request]
+) -> Iterator[tuple[int, Sequence[Item], list[tuple[Item, Request | str]]]]:
+    """The batches with their questions, or why there is none; the next one's are made while this one is asked."""
 
-    def opened(item: Item) -> list[Image.Image] | str:
+    def opened(item: Item) -> Request | str:
         try:
-            return item.open()
+            images = item.open()
         except DeadpanError as error:
             return f"{error.what} ({error.where})"
+        return prepared(item.request(images))
 
     with ThreadPoolExecutor() as pool:
         ahead = [[pool.submit(opened, item) for item in batch] for _, batch in batches[:1]]

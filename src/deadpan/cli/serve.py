@@ -45,7 +45,8 @@ def serve(
         int | None,
         typer.Option(
             min=1,
-            help="Questions answered at once; by default 8, and 64 with vllm and lmdeploy.",
+            help="Questions answered at once; by default 32 on a GPU, 8 on a CPU, and 64 with vllm and "
+            "lmdeploy.",
         ),
     ] = None,
     timeout: Annotated[
@@ -108,8 +109,6 @@ def serve(
     database = Votes(votes) if page and len(named) > 1 else None
 
     from deadpan.cli.progress import bar
-    from deadpan.engines.builtin import BATCH_SIZE
-    from deadpan.engines.concurrent import ConcurrentEngine
     from deadpan.serve.app import create_app
     from deadpan.serve.pictures import Pictures
     from deadpan.serve.remote import Remote
@@ -128,9 +127,10 @@ def serve(
                 attention=attention,
                 quantization=quantization,
                 max_tiles=max_tiles,
+                batch_size=batch,
                 progress=progress,
             ).engine
-    size = batch or (BATCH_SIZE if engine == "builtin" else ConcurrentEngine.batch_size)
+    size = batch or max(each.batch_size for each in engines.values())
     tellers = Tellers(engines, queue, size, timeout)
     max_bytes, max_pixels = max_picture_mb * 2**20, max_megapixels * 10**6
     app = create_app(

@@ -50,8 +50,8 @@ def tell(
         int | None,
         typer.Option(
             min=1,
-            help="Answers computed at once, fewer of which take less memory; by default 8, and 64 with "
-            "vllm and lmdeploy.",
+            help="Answers computed at once, fewer of which take less memory; by default 32 on a GPU, 8 on a "
+            "CPU, and 64 with vllm and lmdeploy.",
         ),
     ] = None,
     prompt: Annotated[
@@ -97,7 +97,6 @@ def tell(
     from deadpan.cli.progress import bar
     from deadpan.data.records import PROMPT
     from deadpan.engines.base import GenerationSettings
-    from deadpan.engines.builtin import BATCH_SIZE
     from deadpan.engines.concurrent import ConcurrentEngine
     from deadpan.teller import load
 
@@ -117,8 +116,7 @@ def tell(
         "quantization": quantization,
         "max_tiles": max_tiles,
         "base": base,
-        "batch_size": batch_size
-        or (BATCH_SIZE if engine == "builtin" else ConcurrentEngine.batch_size),
+        "batch_size": batch_size or (None if engine == "builtin" else ConcurrentEngine.batch_size),
     }
     if many is not None and out is not None:
         _tell_many(model, many, images, out, prompt or PROMPT, n, settings, device, options)
@@ -161,6 +159,7 @@ def _tell_many(
     from deadpan.batch.run import tell_all
     from deadpan.cli.progress import bar
     from deadpan.engines.base import Engine
+    from deadpan.engines.builtin import batch_size_for
     from deadpan.teller import check_number, load
     from deadpan.train.launcher import one_of_a_host_tells
     from deadpan.train.processes import Processes
@@ -183,10 +182,9 @@ def _tell_many(
         stack.callback(teller.close)
         return teller.engine
 
+    size = options["batch_size"] or batch_size_for(processes.device)
     with ExitStack() as stack, bar("telling", shown=leads) as telling:
-        summary = tell_all(
-            *(items, engine, out, settings, decisive, processes, n, options["batch_size"]), telling
-        )
+        summary = tell_all(*(items, engine, out, settings, decisive, processes, n, size), telling)
     if not leads:
         return
     typer.echo(f"{out}: {summary.told:,} answered, {summary.new:,} of them now")

@@ -5,8 +5,8 @@ checkpoint, so that no engine can be served with another prompt than the one tra
 """
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 from PIL import Image
 
@@ -53,11 +53,13 @@ class Request:
         images: The pictures, decoded.
         turns: The conversation, ending with a question.
         name: What to call it in messages.
+        prepared: What an engine's `prepare` has begun for it.
     """
 
     images: Sequence[Image.Image]
     turns: Sequence[Turn]
     name: str = "the request"
+    prepared: Any = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,18 @@ class Joke:
 
 
 class Engine(Protocol):
-    """A loaded model that answers."""
+    """A loaded model that answers.
+
+    All but `prepare` is called from one thread at a time.
+
+    Attributes:
+        batch_size: How many questions it is worth asking at once.
+    """
+
+    batch_size: int
+
+    def prepare(self, request: Request) -> Request:
+        """The request, begun with as far as that does not keep the caller waiting; from any thread."""
 
     def generate(self, requests: Sequence[Request], settings: GenerationSettings) -> list[Joke]:
         """Answer requests, in their order."""

@@ -1,19 +1,48 @@
-"""The engine that needs nothing but PyTorch: transformers' own generation."""
+"""The engine that needs nothing but PyTorch.
 
-import contextlib
+A batch is read by `deadpan.models.decoding`, and then each step gives every answer one token. The tokens
+stay on the device: they are copied to the host beside the computing, and on a GPU the host looks for the
+end one step behind. So the device never waits for it, at the price of one step in vain.
+"""
+
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 
 import torch
-from transformers import TextIteratorStreamer
+from transformers import PreTrainedTokenizerFast, TextStreamer
 
 from deadpan.checkpoints.load import Loaded
 from deadpan.engines.base import GenerationSettings, Joke, Request
+from deadpan.engines.features import KEPT_BYTES, Cut, PictureFeatures
 from deadpan.models.answer_loss import plain_model
 from deadpan.models.attention import kernels
+from deadpan.models.decoding import Decoder, ModuleDecoder, unsupported
+from deadpan.models.drawing import drawn, likeliest
 
-BATCH_SIZE = 8
-"""Requests answered at once; a 7-tile picture takes about 0.3 GiB in bfloat16 with the 2B model."""
+_BATCH_SIZE = {"cuda": 32, "cpu": 8}
+"""Requests answered at once; a 7-tile picture takes about 0.2 GiB in bfloat16 with the 2B model."""
+
+
+def batch_size_for(device: torch.device) -> int:
+    """How many requests are answered at once on a device where nobody says."""
+    return _BATCH_SIZE["cuda" if device.type == "cuda" else "cpu"]
+
+
+@dataclass(eq=False)
+class _Prompt:
+    """A conversation to be continued, by one answer or several.
+
+    Attributes:
+        request: The first request that has it.
+        ids: Its tokens.
+        cuts: Its pictures, while they are cut and seen.
+    """
+
+    request: Request
+    ids: list[int]
+    cuts: list[Future[Cut]] | None = None
 
 
 class BuiltinEngine:
@@ -21,33 +50,126 @@ class BuiltinEngine:
 
     Args:
         loaded: The model and its processor.
-        batch_size: Requests answered at once.
+        batch_size: Requests answered at once, or fewer where a GPU's memory is full; None for what suits the
+            device.
+        kept_bytes: The most bytes of pictures' features kept for further jokes; 0 for a model whose weights
+            change.
     """
 
-    def __init__(self, loaded: Loaded, batch_size: int = BATCH_SIZE) -> None:
+    def __init__(
+        self, loaded: Loaded, batch_size: int | None = None, kept_bytes: int = KEPT_BYTES
+    ) -> None:
         self._model = loaded.model.eval()
         self._processor = loaded.processor
-        self._batch_size = batch_size
         self._device: torch.device = plain_model(loaded.model).lm_head.weight.device
+        self.batch_size = batch_size or batch_size_for(self._device)
+        self._modules = ModuleDecoder(self._model)
+        self._decoder = Decoder(self._model) if unsupported(self._model) is None else None
+        self._features = PictureFeatures(self._model, loaded.processor.tile_policy, kept_bytes)
+
+    def prepare(self, request: Request) -> Request:
+        """The request, its pictures being cut by threads while it waits for its turn."""
+        return replace(request, prepared=self._features.cut(request.images))
 
     def generate(self, requests: Sequence[Request], settings: GenerationSettings) -> list[Joke]:
-        """Answer requests, in their order."""
-        jokes = []
-        with self._randomness(settings.seed):
-            for start in range(0, len(requests), self._batch_size):
-                jokes += self._answer(requests[start : start + self._batch_size], settings)
+        """Answer requests, in their order; those for the same conversation share its reading."""
+        prompts = self._prompts(requests)
+        uniform = _uniform(len(requests), settings)
+        batches = self._batches(prompts, settings)
+        jokes: list[Joke] = []
+        for number, batch in enumerate(batches):
+            following = batches[number + 1] if number + 1 < len(batches) else []
+            for prompt in [*batch, *following]:
+                self._cut(prompt)  # the next batch's pictures while this one is computed
+            answers: list[list[int]] = [[] for _ in batch]
+            numbers = uniform[len(jokes) : len(jokes) + len(batch)]
+            for tokens in self._tokens(batch, settings, numbers):
+                for answer, token in zip(answers, tokens, strict=True):
+                    answer.append(token)
+            jokes += [
+                self._joke(answer, len(prompt.ids))
+                for answer, prompt in zip(answers, batch, strict=True)
+            ]
+            for prompt in batch:
+                if prompt not in following:
+                    prompt.cuts = None
         return jokes
 
-    def _answer(self, requests: Sequence[Request], settings: GenerationSettings) -> list[Joke]:
-        inputs = self._inputs(requests)
-        width = inputs["input_ids"].shape[1]
-        with torch.inference_mode(), kernels():
-            output = self._model.generate(**inputs, **_arguments(settings))
-        prompts = inputs["attention_mask"].sum(dim=1).tolist()
-        return [
-            self._joke(row[width:], prompt)
-            for row, prompt in zip(output.tolist(), prompts, strict=True)
-        ]
+    def _prompts(self, requests: Sequence[Request]) -> list[_Prompt]:
+        """What each request continues; equal conversations about the same pictures are one."""
+        known: dict[object, _Prompt] = {}
+        policy = self._processor.tile_policy
+        prompts = []
+        for request in requests:
+            images, turns = request.images, request.turns
+            key = (tuple(map(id, images)), tuple(turns))
+            if key not in known:
+                counts = [policy.count(image.size, len(images)) for image in images]
+                ids, _ = self._processor.encode(turns, counts, request.name)
+                known[key] = _Prompt(request, ids, request.prepared)
+            prompts.append(known[key])
+        return prompts
+
+    def _batches(
+        self, prompts: Sequence[_Prompt], settings: GenerationSettings
+    ) -> list[list[_Prompt]]:
+        longest = max((len(prompt.ids) for prompt in prompts), default=0) + settings.max_new_tokens
+        size = self.batch_size
+        if self._decoder is not None:
+            size = min(size, self._decoder.room(longest))
+        return [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
+
+    def _cut(self, prompt: _Prompt) -> None:
+        if prompt.cuts is None:
+            prompt.cuts = self._features.cut(prompt.request.images)
+
+    # Not only `with`: a generator would leave the mode on for whoever reads it.
+    @torch.inference_mode()
+    def _tokens(
+        self, batch: Sequence[_Prompt], settings: GenerationSettings, uniform: torch.Tensor
+    ) -> Iterator[list[int]]:
+        """The answers' tokens, step by step, until all have ended.
+
+        Args:
+            batch: What each answer continues.
+            settings: How tokens are drawn.
+            uniform: Random numbers for drawing, of shape (answer, step).
+        """
+        prompts = list(dict.fromkeys(batch))
+        longest = max(len(prompt.ids) for prompt in prompts) + settings.max_new_tokens
+        decoder: Decoder | ModuleDecoder = self._modules
+        if self._decoder is not None and longest <= self._decoder.longest:
+            decoder = self._decoder
+
+        def features(wanted: Sequence[int]) -> torch.Tensor | None:
+            cuts = [cut.result() for i in wanted for cut in prompts[i].cuts or []]
+            return self._features.of(cuts) if cuts else None
+
+        number = {id(prompt): i for i, prompt in enumerate(prompts)}
+        rows = [number[id(prompt)] for prompt in batch]
+        uniform = uniform.to(self._device, non_blocking=True)
+
+        def chosen(logits: torch.Tensor, step: int) -> torch.Tensor:
+            if settings.temperature == 0:
+                return likeliest(logits)
+            return drawn(logits, settings.temperature, settings.top_p, uniform[:, step])
+
+        ids = [prompt.ids for prompt in prompts]
+        tokens = chosen(decoder.begin(ids, rows, features, settings.max_new_tokens), 0)
+        behind = 1 if self._device.type == "cuda" else 0
+        coming: deque[_Coming] = deque()
+        going = set(range(len(batch)))
+        for step in range(settings.max_new_tokens):
+            if step:
+                tokens = chosen(decoder.step(tokens), step)
+            coming.append(_Coming(tokens))
+            if len(coming) > behind:
+                arrived = coming.popleft().ids()
+                yield arrived
+                going -= {row for row in going if arrived[row] == self._processor.stop_id}
+                if not going:
+                    return
+        yield from (each.ids() for each in coming)
 
     def _joke(self, ids: list[int], prompt_tokens: int) -> Joke:
         stop = self._processor.stop_id
@@ -72,39 +194,27 @@ class BuiltinEngine:
             inputs["pixel_values"] = torch.cat(pixels)
         return {name: tensor.to(self._device) for name, tensor in inputs.items()}
 
-    @contextlib.contextmanager
-    def _randomness(self, seed: int | None) -> Iterator[None]:
-        """Draw from a seed of our own without touching the caller's random numbers."""
-        if seed is None:
-            yield
-            return
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            yield
-
     def stream(self, request: Request, settings: GenerationSettings) -> Generator[str, None, Joke]:
-        """Answer one request piece by piece; the pieces joined are the text of the joke returned at the end."""
-        streamer = TextIteratorStreamer(
-            self._processor.tokenizer, skip_prompt=True, skip_special_tokens=True
-        )
-        inputs = self._inputs([request])
-        prompt_tokens = inputs["input_ids"].shape[1]
+        """Answer one request piece by piece; the pieces joined are the text of the joke returned at the end.
 
-        def work() -> Joke:
-            try:
-                with torch.inference_mode(), kernels(), self._randomness(settings.seed):
-                    output = self._model.generate(
-                        **inputs, streamer=streamer, **_arguments(settings)
-                    )
-            finally:
-                streamer.end()  # or the reader would wait for ever
-            return self._joke(output[0, prompt_tokens:].tolist(), prompt_tokens)
+        Closing the generator ends the computing.
+        """
+        (prompt,) = self._prompts([request])
+        self._cut(prompt)
+        uniform = _uniform(1, settings)
+        ids: list[int] = []
 
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            done = pool.submit(work)
-            yield from _stripped(streamer)
-            return done.result()
+        def texts() -> Iterator[str]:
+            text = _Text(self._processor.tokenizer)
+            for (token,) in self._tokens([prompt], settings, uniform):
+                ids.append(token)
+                if token == self._processor.stop_id:
+                    break
+                yield from text.after(token)
+            yield from text.rest()
+
+        yield from _stripped(texts())
+        return self._joke(ids, len(prompt.ids))
 
     def score(self, request: Request, choices: Sequence[str]) -> list[float]:
         """For each choice, log p(choice and its stop token | the conversation), in nats, summed over tokens."""
@@ -112,9 +222,9 @@ class BuiltinEngine:
         ids = [self._processor.choice(text) for text in choices]
         scores: list[float] = []
         with torch.inference_mode(), kernels():
-            for start in range(0, len(ids), self._batch_size):
+            for start in range(0, len(ids), self.batch_size):
                 # The picture and the question are read once a batch, whatever the number of choices.
-                scores += self._score(prompt, ids[start : start + self._batch_size])
+                scores += self._score(prompt, ids[start : start + self.batch_size])
         return scores
 
     def _score(self, prompt: dict[str, torch.Tensor], choices: list[list[int]]) -> list[float]:
@@ -143,22 +253,68 @@ class BuiltinEngine:
 
     def close(self) -> None:
         """Release the model's memory."""
-        del self._model
+        self._features.close()
+        del self._model, self._modules, self._decoder, self._features
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def _arguments(settings: GenerationSettings) -> dict[str, object]:
-    arguments: dict[str, object] = {"max_new_tokens": settings.max_new_tokens}
+def _uniform(rows: int, settings: GenerationSettings) -> torch.Tensor:
+    """Random numbers in [0, 1) of shape (row, step), or (row, 0) if none are needed.
+
+    Without a seed they come from the caller's random state; with one, a row's numbers do not depend on how
+    many rows follow.
+    """
     if settings.temperature == 0:
-        return {**arguments, "do_sample": False}
-    return {
-        **arguments,
-        "do_sample": True,
-        "temperature": settings.temperature,
-        "top_p": settings.top_p,
-        "top_k": 0,
-    }
+        return torch.empty(rows, 0)
+    generator = None
+    if settings.seed is not None:
+        generator = torch.Generator().manual_seed(settings.seed)
+    # A row at a time, as PyTorch's order in a larger tensor depends on its size.
+    steps = settings.max_new_tokens
+    numbers = [torch.rand(steps, generator=generator, dtype=torch.float64) for _ in range(rows)]
+    return torch.stack(numbers)
+
+
+class _Coming:
+    """Tokens on their way to the host."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        self._tokens = tokens
+        if tokens.is_cuda:
+            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._tokens.copy_(tokens, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(tokens.device))
+
+    def ids(self) -> list[int]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        found: list[int] = self._tokens.tolist()
+        return found
+
+
+class _Text(TextStreamer):
+    """Turns tokens into text as soon as it is certain."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self._found: list[str] = []
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._found.append(text)
+
+    def after(self, token: int) -> list[str]:
+        """The text that is certain after one more token."""
+        self._found = []
+        self.put(torch.tensor([token]))
+        return self._found
+
+    def rest(self) -> list[str]:
+        self._found = []
+        self.end()
+        return self._found
 
 
 def _stripped(pieces: Iterator[str]) -> Iterator[str]:

@@ -15,12 +15,15 @@ from deadpan.checkpoints.load import load
 from deadpan.data.pictures import digest
 from deadpan.data.records import Record
 from deadpan.engines.base import Engine, GenerationSettings
-from deadpan.engines.builtin import BATCH_SIZE, BuiltinEngine
+from deadpan.engines.builtin import BuiltinEngine
 from deadpan.evaluate.answers import Answer, Question, ask
 from deadpan.evaluate.choices import ChoiceQuestion
 from deadpan.evaluate.kept import Kept
 from deadpan.evaluate.likelihood import likelihoods
 from deadpan.evaluate.statistics import Items
+
+_ANSWERS = 8
+"""Answers of a batch. The same on every device, as a batch's place decides its seed, and it is kept whole."""
 
 Bars = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 """Shows how far a stage is: takes its name, and gives what takes how much is done, and of how much."""
@@ -162,7 +165,7 @@ def hear(
 
 
 def _batches(asking: Asking) -> Iterator[_Batch]:
-    size, settings = max(1, BATCH_SIZE // asking.samples), asking.settings
+    size, settings = max(1, _ANSWERS // asking.samples), asking.settings
     for start in range(0, len(asking.questions), size):
         # Without drawing, a seed changes nothing.
         drawn = settings.temperature > 0 and settings.seed is not None

@@ -70,6 +70,19 @@ def add_norm(
     return total, *_outputs(_normed(total, weight, eps), share, seed, fp8)
 
 
+def add_layer_norm(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add x + scale y, with a scale for each channel, and LayerNorm of it."""
+    total = torch.addcmul(x, scale, y)
+    return total, functional.layer_norm(total, total.shape[-1:], weight, bias, eps)
+
+
 def norm_backward(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -84,9 +84,17 @@ class Frozen:
             self._fp8_back = quantise_rows(weight.T.contiguous())
 
     def _stack(self) -> torch.Tensor:
-        if len(self._layers) == 1:
-            return self._layers[0].weight.data
-        stacked = torch.cat([layer.weight.data for layer in self._layers])
+        weights = [layer.weight.data for layer in self._layers]
+        first, columns = weights[0], weights[0].shape[1]
+        if len(weights) == 1:
+            return first
+        # Another decoder over the same model may have stacked them already.
+        rows = torch.tensor([0, *self.sizes]).cumsum(0).tolist()
+        places = [first.storage_offset() + row * columns for row in rows[:-1]]
+        storages = {weight.untyped_storage().data_ptr() for weight in weights}
+        if len(storages) == 1 and [weight.storage_offset() for weight in weights] == places:
+            return first.as_strided((rows[-1], columns), (columns, 1))
+        stacked = torch.cat(weights)
         for layer, part in zip(self._layers, stacked.split(self.sizes), strict=True):
             layer.weight.data = part
         return stacked

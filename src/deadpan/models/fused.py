@@ -190,7 +190,7 @@ def _base(layer: Any) -> nn.Linear:
     return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 
 
-def _elementwise(device: torch.device) -> Any:
+def elementwise_for(device: torch.device) -> Any:
     """The module that has what lies between two products: kernels, where there is Triton to make them."""
     if device.type == "cuda" and importlib.util.find_spec("triton"):
         from deadpan.models import kernels
@@ -222,7 +222,7 @@ class Layer:
             for each in (layer.input_layernorm, layer.post_attention_layernorm)
         ]
         self.fp8 = fp8
-        self.ops = _elementwise(attention.q_proj.weight.device)
+        self.ops = elementwise_for(attention.q_proj.weight.device)
         self.groups = (self.qkv, self.o, self.gate_up, self.down)
         self.parameters = [p for group in self.groups for p in group.parameters]
         self.scales = [scale for group in self.groups for scale in group.scales]

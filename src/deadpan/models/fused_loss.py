@@ -30,13 +30,17 @@ def picture_features(
     Returns:
         Of shape (tile, image token, channel): each image token's four patches side by side.
     """
-    inner = model.model
-    patches = inner.vision_tower(pixel_values.to(model.dtype)).last_hidden_state[:, 1:]
-    tiles, count, channels = patches.shape  # without the class token
+    return shuffled(model, model.model.vision_tower(pixel_values.to(model.dtype)).last_hidden_state)
+
+
+def shuffled(model: InternVLForConditionalGeneration, hidden: torch.Tensor) -> torch.Tensor:
+    """The tower's output (tile, token, channel) as `picture_features` gives it."""
+    patches = hidden[:, 1:]  # without the class token
+    tiles, count, channels = patches.shape
     side = int(count**0.5)
     grid = patches.reshape(tiles, side, side, channels)
-    shuffled = inner.pixel_shuffle(grid, scale_factor=model.config.downsample_ratio)
-    return shuffled.flatten(1, 2)
+    blocks = model.model.pixel_shuffle(grid, scale_factor=model.config.downsample_ratio)
+    return blocks.flatten(1, 2)
 
 
 Keep = Callable[[torch.Tensor], None]

@@ -124,6 +124,27 @@ def _norm_kernel(
 
 
 @triton.jit
+def _add_layer_norm_kernel(
+    x, y, scale, weight, bias, total, out, columns, eps, width: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, width)
+    inside = at < columns
+    start = row * columns
+    value = tl.load(y + start + at, inside, 0.0).to(tl.float32)
+    value *= tl.load(scale + at, inside, 0.0).to(tl.float32)
+    value += tl.load(x + start + at, inside, 0.0).to(tl.float32)
+    rounded = value.to(total.dtype.element_ty)
+    tl.store(total + start + at, rounded, inside)
+    value = rounded.to(tl.float32)
+    value = tl.where(inside, value - tl.sum(value) / columns, 0.0)
+    value *= tl.rsqrt(tl.sum(value * value) / columns + eps)
+    value *= tl.load(weight + at, inside, 0.0).to(tl.float32)
+    value += tl.load(bias + at, inside, 0.0).to(tl.float32)
+    tl.store(out + start + at, value.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
 def _norm_backward_kernel(
     x,
     weight,
@@ -414,6 +435,22 @@ def add_norm(
 ) -> tuple[torch.Tensor | None, ...]:
     total, outputs = _norm(x, y, weight, eps, share, seed, fp8)
     return total, *outputs
+
+
+def add_layer_norm(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    columns = x.shape[1]
+    _add_layer_norm_kernel[(len(x),)](
+        x, y, scale, weight, bias, total, out, columns, eps, **_width(columns)
+    )
+    return total, out
 
 
 def quantise(x: torch.Tensor, share: float, seed: torch.Tensor, fp8: bool) -> Outputs:

@@ -52,10 +52,18 @@ class TilePolicy:
         limit = self.share(pictures)
         return tiles.count(*size, self.min_tiles, limit, self.tile_size, self.thumbnail)
 
+    def grid(self, size: tuple[int, int], pictures: int) -> tuple[int, int]:
+        """(columns, rows) of the tiles of a picture of (width, height) among several pictures."""
+        return tiles.grid(*size, self.min_tiles, self.share(pictures), self.tile_size)
+
     def pixel_values(self, image: Image.Image, pictures: int) -> torch.Tensor:
         """Tiles of a picture among several, float32 of shape (tile, 3, tile_size, tile_size)."""
+        return tiles.normalise(self.pixel_bytes(image, pictures))
+
+    def pixel_bytes(self, image: Image.Image, pictures: int) -> torch.Tensor:
+        """The same before `tiles.normalise`, uint8 of shape (tile, tile_size, tile_size, 3)."""
         limit = self.share(pictures)
-        return tiles.pixel_values(image, limit, self.tile_size, self.thumbnail, self.min_tiles)
+        return tiles.pixel_bytes(image, limit, self.tile_size, self.thumbnail, self.min_tiles)
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,8 @@ class InternLM2Tokenizer(PreTrainedTokenizerFast):
         specials = set(self.all_special_ids)
         if skip_special_tokens:
             ids = [index for index in ids if index not in specials]
+        # A padded vocabulary has rows without a token. As in any fast tokenizer, they say nothing.
+        ids = [index for index in ids if self.convert_ids_to_tokens(index) is not None]
         # The slow base class treats the tokens beyond the sentencepiece model as words between spaces.
         runs: list[list[int] | str] = []
         for index in ids:

@@ -104,6 +104,51 @@ def split(
     return tiles
 
 
+def pixel_bytes(
+    image: Image.Image,
+    max_tiles: int = 12,
+    tile_size: int = 448,
+    thumbnail: bool = True,
+    min_tiles: int = 1,
+) -> torch.Tensor:
+    """Cut a picture into tiles, not normalised yet; see `pixel_values` for the arguments.
+
+    Returns:
+        uint8 of shape (tile, tile_size, tile_size, 3).
+    """
+    tiles = split(image, min_tiles, max_tiles, tile_size, thumbnail)
+    return torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles]))
+
+
+@cache
+def normalised_bytes() -> torch.Tensor:
+    """What each of the 256 values of each channel becomes, float32 of shape (3, 256)."""
+    # Division first, then mean, then std, each in float32: any other order differs in the last bit from upstream.
+    values = np.arange(256, dtype=np.float32) / np.float32(255)
+    mean, std = (np.array(c, dtype=np.float32) for c in (IMAGENET_MEAN, IMAGENET_STD))
+    return torch.from_numpy((values - mean[:, None]) / std[:, None])
+
+
+def normalise(pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Turn tiles into the vision tower's input, on their device.
+
+    Every value is looked up, so that a GPU gives bit for bit what a CPU gives.
+
+    Args:
+        pixels: uint8 of shape (tile, row, column, 3).
+        dtype: What the float32 values are rounded to.
+
+    Returns:
+        Of shape (tile, 3, row, column).
+    """
+    table = normalised_bytes().to(pixels.device, dtype)
+    out = pixels.new_empty((len(pixels), 3, *pixels.shape[1:3]), dtype=dtype)
+    for channel in range(3):
+        places = pixels[..., channel].to(torch.int32).flatten()
+        out[:, channel] = table[channel].index_select(0, places).view(pixels.shape[:3])
+    return out
+
+
 def pixel_values(
     image: Image.Image,
     max_tiles: int = 12,
@@ -123,11 +168,4 @@ def pixel_values(
     Returns:
         float32 of shape (tile, 3, tile_size, tile_size).
     """
-    tiles = split(image, min_tiles, max_tiles, tile_size, thumbnail)
-    values = np.stack(
-        [np.asarray(tile, dtype=np.float32) for tile in tiles]
-    )  # (tile, row, column, 3)
-    # Division first, then mean, then std, each in float32: any other order differs in the last bit from upstream.
-    mean, std = (np.array(c, dtype=np.float32) for c in (IMAGENET_MEAN, IMAGENET_STD))
-    values = (values / np.float32(255) - mean) / std
-    return torch.from_numpy(np.ascontiguousarray(values.transpose(0, 3, 1, 2)))
+    return normalise(pixel_bytes(image, max_tiles, tile_size, thumbnail, min_tiles))

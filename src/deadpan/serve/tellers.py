@@ -75,6 +75,7 @@ class _Worker:
             thread.start()
 
     def put(self, job: _Job) -> None:
+        """Queue a job, and let the engine begin with it: equal requests of it stay one."""
         with self._changed:
             if self._closing:
                 raise ShuttingDown("The server is shutting down.", fix="ask again later")
@@ -86,6 +87,9 @@ class _Worker:
                     found=f"{waiting} waiting, {len(job.requests)} more",
                     fix="ask again later",
                 )
+            different = {id(request): request for request in job.requests}
+            begun = {key: self._engine.prepare(request) for key, request in different.items()}
+            job.requests = [begun[id(request)] for request in job.requests]
             self._waiting.append(job)
             self._changed.notify()
 

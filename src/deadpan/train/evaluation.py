@@ -149,7 +149,7 @@ class Evaluator:
         held_out, beside = self._objective.measure(self._held_out, self._batch, part)
         training, _ = self._objective.measure(self._training, self._batch, part)
         engine = BuiltinEngine(
-            Loaded(self._model, self._processor, Path(), Path()), batch_size=self._batch
+            Loaded(self._model, self._processor, Path(), Path()), self._batch, kept_bytes=0
         )
         told, jokes = (
             list(ask(engine, asked, self._settings, self._batch, part))

@@ -1,0 +1,162 @@
+"""From pictures to what the language model reads of them.
+
+Threads prepare pictures while the device computes: a GPU gets their bytes and cuts them itself, and for
+another device, or with a Pillow that resizes otherwise, Pillow cuts. What the vision tower made of the
+latest pictures is kept, by a digest of their pixels: a further joke about the same picture costs neither
+tiles nor tower.
+"""
+
+import hashlib
+import importlib.util
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from deadpan.models import decoding
+from deadpan.models.answer_loss import plain_model
+from deadpan.models.attention import kernels
+from deadpan.models.fused_loss import picture_features, shuffled
+from deadpan.models.vision import Recorded, VisionTower, unsupported
+from deadpan.processing import resampling
+from deadpan.processing.processor import TilePolicy
+from deadpan.processing.tiles import normalise
+
+KEPT_BYTES = 2**28
+"""Features kept by an engine; those of a picture of 7 tiles take 7 MiB in a 2B model."""
+
+Key = tuple[bytes, tuple[int, int], int]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A picture on its way to the vision tower.
+
+    Attributes:
+        key: Tells it from others: its pixels, its size, and the pictures that share the tile limit.
+        pixels: Its tiles, or itself where the device cuts, uint8; or None where the features are known.
+        features: Of shape (image token, hidden), if known.
+    """
+
+    key: Key
+    pixels: torch.Tensor | None
+    features: torch.Tensor | None
+
+
+class PictureFeatures:
+    """Cuts pictures and lets the vision tower and the projector see them.
+
+    Args:
+        model: InternVL, plain or with PEFT's adapter.
+        policy: How pictures are cut.
+        kept_bytes: The most bytes of features kept; 0 for a model whose weights change.
+    """
+
+    def __init__(self, model: torch.nn.Module, policy: TilePolicy, kept_bytes: int) -> None:
+        self._plain = plain_model(model)
+        self._device = self._plain.lm_head.weight.device
+        written_out = decoding.unsupported(model) is None and unsupported(self._plain) is None
+        self._tower = VisionTower(self._plain) if written_out else None
+        # For one picture; several keep a GPU busy.
+        self._seen = Recorded(self._see, policy.max_tiles + 1 if self._tower else 0)
+        self._device_cuts = (
+            self._device.type == "cuda"
+            and importlib.util.find_spec("triton") is not None
+            and resampling.is_pillows()
+        )
+        self._policy, self._kept_bytes = policy, kept_bytes
+        self._kept: OrderedDict[Key, torch.Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(min(16, os.cpu_count() or 1), "tiles")
+
+    def cut(self, images: Sequence[Image.Image]) -> list[Future[Cut]]:
+        """Begin with the pictures of one conversation."""
+        return [self._threads.submit(self._cut, image, len(images)) for image in images]
+
+    def _cut(self, image: Image.Image, pictures: int) -> Cut:
+        image = image.convert("RGB")
+        content = image.tobytes()
+        key = (hashlib.sha256(content).digest(), image.size, pictures)
+        with self._lock:
+            features = self._kept.get(key)
+        if features is not None:
+            return Cut(key, None, features)
+        if self._device_cuts:
+            flat = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            pixels = flat.view(image.height, image.width, 3)
+        else:
+            pixels = self._policy.pixel_bytes(image, pictures)
+        # Pinned, so that the copy to a GPU waits for nothing.
+        return Cut(key, pixels.pin_memory() if self._device.type == "cuda" else pixels, None)
+
+    def of(self, cuts: Sequence[Cut]) -> torch.Tensor:
+        """What the language model reads of pictures, of shape (image token, hidden), in their order."""
+        known = {cut.key: cut.features for cut in cuts if cut.features is not None}
+        with self._lock:
+            # What another batch has seen since these were cut.
+            known |= {cut.key: self._kept[cut.key] for cut in cuts if cut.key in self._kept}
+        new = {
+            cut.key: cut.pixels for cut in cuts if cut.key not in known and cut.pixels is not None
+        }
+        if new:
+            counts = [self._count(key) for key in new]
+            seen = self._seen(self._pixel_values(new, counts))  # (tile, image token, hidden)
+            for key, part in zip(new, seen.split(counts), strict=True):
+                known[key] = part.flatten(0, 1)
+        self._keep(known)
+        return torch.cat([known[cut.key] for cut in cuts])
+
+    def _count(self, key: Key) -> int:
+        """A picture's tiles."""
+        return self._policy.count(*key[1:])
+
+    def _pixel_values(
+        self, pictures: dict[Key, torch.Tensor], counts: Sequence[int]
+    ) -> torch.Tensor:
+        """What the vision tower reads of pictures that have so many tiles each."""
+        moved = [pixels.to(self._device, non_blocking=True) for pixels in pictures.values()]
+        if not self._device_cuts:
+            return normalise(torch.cat(moved), self._plain.dtype)
+        from deadpan.processing import gpu_tiles
+
+        edge = self._policy.tile_size
+        shape = (sum(counts), 3, edge, edge)
+        values = torch.empty(shape, dtype=self._plain.dtype, device=self._device)
+        for (_, size, beside), pixels, out in zip(
+            pictures, moved, values.split(list(counts)), strict=True
+        ):
+            gpu_tiles.put_pixel_values(pixels, self._policy.grid(size, beside), out)
+        return values
+
+    def _see(self, values: torch.Tensor) -> torch.Tensor:
+        """Tiles to what the language model reads of them, (tile, image token, hidden)."""
+        with kernels():
+            if self._tower is None:
+                features = picture_features(self._plain, values)
+            else:
+                features = shuffled(self._plain, self._tower(values))
+            seen: torch.Tensor = self._plain.model.multi_modal_projector(features)
+        return seen
+
+    def _keep(self, features: dict[Key, torch.Tensor]) -> None:
+        with self._lock:
+            for key, value in features.items():
+                if key not in self._kept and value.nbytes <= self._kept_bytes:
+                    # A part of a larger tensor would hold the whole of it.
+                    self._kept[key] = value.clone()
+                if key in self._kept:
+                    self._kept.move_to_end(key)
+            held = sum(value.nbytes for value in self._kept.values())
+            while held > self._kept_bytes:
+                held -= self._kept.popitem(last=False)[1].nbytes
+
+    def close(self) -> None:
+        """Let go of what is kept, and of the threads."""
+        self._threads.shutdown(cancel_futures=True)
+        self._kept.clear()
+        del self._seen  # it refers to what holds it
