@@ -41,7 +41,7 @@ def test_nano_takes_the_memory_that_was_foretold(tmp_path: Path) -> None:
     log = (tmp_path / "real" / "run" / "metrics.jsonl").read_text().splitlines()
     measured = json.loads(log[-1])["memory_gib"]
     # A third of it is activations; without them the forecast would be that much too low.
-    assert figures["peak"] / 2**30 == pytest.approx(measured, rel=0.15)
+    assert figures["peak"] / 2**30 == pytest.approx(measured, rel=0.2)
     assert figures["steps"] == 4
     assert figures["whole"]["samples"] == 4 * 16
     assert figures["pace"]["steps"] == 3

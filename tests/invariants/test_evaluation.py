@@ -182,7 +182,7 @@ def test_random_numbers_drawn_in_an_evaluation_are_put_back(
         torch.rand(3)
         return answer_loss(*arguments)
 
-    monkeypatch.setattr("deadpan.train.evaluation.answer_loss", draws)
+    monkeypatch.setattr("deadpan.train.objective.answer_loss", draws)
     train(evaluated(make, tmp_path / "run", held_out, OPTIMIZERS[0]))
     assert_same(tmp_path / "run", whole)
 
