@@ -290,6 +290,37 @@ def test_a_body_has_a_limit_declared_or_not(engine: Echo) -> None:
     assert "at most 10,000 bytes" in declared.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("headers", [{}, {"content-length": "3000"}, {"authorization": "Bearer x"}])
+def test_a_refused_body_is_read_to_its_end_before_the_refusal(headers: dict[str, str]) -> None:
+    """Or the connection would be reset under a client that still sends, and the refusal lost."""
+    told: list[str] = []
+
+    async def receive() -> dict[str, Any]:
+        told.append("read")
+        return {"type": "http.request", "body": b"x" * 1000, "more_body": len(told) < 3}
+
+    async def send(message: Any) -> None:
+        told.append(str(message.get("status", "body")))
+
+    app = create_app(Tellers({"echo": Echo()}), max_picture_bytes=750, api_key="right")
+    given = {"authorization": "Bearer right", **headers}
+    scope: dict[str, Any] = {
+        "type": "http",
+        "method": "POST",
+        "path": CHAT,
+        "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in given.items()],
+    }
+    asyncio.run(app(scope, receive, send))
+    status = "401" if "authorization" in headers else "413"
+    assert told == ["read"] * 3 + [status, "body"]
+    told.clear()
+    # Who asks first is told at once.
+    scope["headers"] += [(b"content-length", b"3000"), (b"expect", b"100-continue")]
+    asyncio.run(app(scope, receive, send))
+    assert told == [status, "body"]
+
+
 def test_metrics_count(client: TestClient) -> None:
     client.post(CHAT, json=question("q"))
     client.post(CHAT, json=question("q", model="none"))
@@ -368,7 +399,7 @@ def test_a_stream_ends_when_its_client_leaves() -> None:
         await asyncio.wait_for(line.task, 30)
         engine.let.set()
         await tellers.close()
-        assert engine.batches == [["a"], ["b"]]  # b was on its way already
+        assert engine.batches in ([["a"]], [["a"], ["b"]])  # b may have been on its way already
 
     asyncio.run(story())
 

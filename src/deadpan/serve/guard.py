@@ -1,9 +1,10 @@
 """What stands before the API's routes: the key, the limits of a request's body, the count of requests.
 
-A body is read here, whole, before any route sees it. One without a right key is not read at all.
+A body is read here, whole, before any route sees it. Of a request that is refused nothing is kept.
 """
 
 import asyncio
+import contextlib
 import hmac
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,6 +16,9 @@ from deadpan.serve.refusals import TooLarge, TooSlow, WrongKey, refuse
 
 CLIENT_LEFT = 499
 """The status that metrics count, after nginx, where nobody was there to be answered."""
+
+_LINGER = 5.0
+"""Seconds for which a refused body is read on before the refusal is sent."""
 
 
 class _Left(Exception):
@@ -73,11 +77,14 @@ class Guard:
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = bytearray()
+        arriving = _Arriving(scope, receive)
         try:
-            refusal = await self._refusal(scope, receive, body)
+            refusal = await self._refusal(scope, arriving, body)
             if refusal is None:
                 await self._app(scope, _replayed(bytes(body), receive), send)
             else:
+                if not isinstance(refusal, TooSlow):
+                    await arriving.pass_by()
                 await refuse(refusal)(scope, receive, send)
         except _Left:
             pass
@@ -129,6 +136,32 @@ class Guard:
             return True
         scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
         return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._api_key)
+
+
+class _Arriving:
+    """A request's messages as they come, and whether its body has all come."""
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        self._receive = receive
+        self._ended = False
+        # Who asks before sending has sent nothing until something is read.
+        self._waits = b"expect" in dict(scope["headers"])
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        self._ended = not message.get("more_body", False)
+        self._waits = False
+        return message
+
+    async def pass_by(self) -> None:
+        """Read on for a while, keeping nothing.
+
+        A connection that is closed while its client sends is reset, and the answer may be lost with it.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER):
+                while not self._ended and not self._waits:
+                    await self()
 
 
 def _wrong_key() -> WrongKey:
