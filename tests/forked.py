@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -71,8 +72,19 @@ def fork_ranks(recipe: Recipe, resume: bool | str, output: Path, world: int = 2)
     return [start(rank) for rank in range(world)]
 
 
-def exit_code(child: int) -> int:
-    """Wait for a child process: its exit code, or minus the number of the signal that ended it."""
+def exit_code(child: int, patience: float | None = None) -> int:
+    """Wait for a child process: its exit code, or minus the number of the signal that ended it.
+
+    Args:
+        child: Its id.
+        patience: Seconds after which it is killed.
+    """
+    if patience is not None:
+        until = time.monotonic() + patience
+        while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if time.monotonic() > until:
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.01)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

@@ -88,7 +88,11 @@ def find_pictures(places: Sequence[Path], prompt: str) -> Pictures:
     items: dict[Path, Item] = {}
     for place in places:
         if not place.exists():
-            raise DeadpanError("There is no such picture or folder of pictures.", where=place)
+            raise DeadpanError(
+                "There is no such picture or folder of pictures.",
+                where=place,
+                fix="records, such as nano:held-out, go to --data; its pictures are shown by default",
+            )
         one = [Item(str(place), (str(place),), (place,), prompt)]
         for item in find(place, prompt) if place.is_dir() else one:
             items.setdefault(item.paths[0].resolve(), item)
