@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from deadpan.cli.main import app
@@ -18,6 +19,8 @@ COMMAND = [str(Path(sys.executable).with_name("deadpan")), "train", "nano"]
 def test_nano_takes_the_memory_that_was_foretold(tmp_path: Path) -> None:
     recipe = ["max_steps=4", "run=run"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # What starts them is larger than they are, and none of it theirs.
+    large = b"x" * 2**30
     # Side by side: they do not need one another, and each imports PyTorch for seconds.
     for folder in ("forecast", "real"):
         (tmp_path / folder).mkdir()
@@ -34,6 +37,8 @@ def test_nano_takes_the_memory_that_was_foretold(tmp_path: Path) -> None:
             ("real", recipe),
         )
     ]
+    del large
+    Meter(torch.device("cpu")).reset()  # for the tests that follow in this process
     forecast, _ = [process.communicate(timeout=120)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0]
     assert list((tmp_path / "forecast").iterdir()) == []
@@ -41,7 +46,7 @@ def test_nano_takes_the_memory_that_was_foretold(tmp_path: Path) -> None:
     log = (tmp_path / "real" / "run" / "metrics.jsonl").read_text().splitlines()
     measured = json.loads(log[-1])["memory_gib"]
     # A third of it is activations; without them the forecast would be that much too low.
-    assert figures["peak"] / 2**30 == pytest.approx(measured, rel=0.2)
+    assert figures["peak"] / 2**30 == pytest.approx(measured, rel=0.15)
     assert figures["steps"] == 4
     assert figures["whole"]["samples"] == 4 * 16
     assert figures["pace"]["steps"] == 3

@@ -8,7 +8,6 @@ micro-batches, and their gradients are summed, which is the same gradient again.
 """
 
 import math
-import resource
 import threading
 import time
 from collections.abc import Generator, Sequence
@@ -26,6 +25,7 @@ from deadpan.checkpoints.load import choose_dtype
 from deadpan.checkpoints.source import Layout, detect, resolve
 from deadpan.config.schema import Recipe
 from deadpan.data.records import Record
+from deadpan.environment import GIB
 from deadpan.errors import DeadpanError
 from deadpan.models import lora
 from deadpan.models.answer_loss import plain_model
@@ -457,7 +457,7 @@ class Trainer:
             metrics, tokens = self._step(whole[0].step, step)
             seconds = time.perf_counter() - began
             samples = sum(len(micro_batch.indices) for micro_batch in whole)
-            memory_gib = self.processes.largest(self._memory())
+            memory_gib = self.processes.largest(memory.Meter(self.device).peak() / GIB)
             self.position = replace(
                 self.position,
                 step=whole[0].step,
@@ -563,12 +563,6 @@ class Trainer:
         if not self.parallel.shares_weights:
             readings = [reading for of_rank in self.processes.gather(own) for reading in of_rank]
         return self.processes.shared(nonfinite.NotFinite(step, loss, norm, readings))
-
-    def _memory(self) -> float:
-        """Peak memory in GiB: of the GPU, or of this process on a CPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     def _save(self) -> Path:
         _, *others = self.processes.gather(

@@ -54,6 +54,7 @@ class Meter:
         if self._cuda:
             return torch.cuda.max_memory_allocated(self._device)
         if _STATUS.exists():
+            # Not getrusage's: that begins with what the process that started this one had.
             line = next(line for line in _STATUS.read_text().splitlines() if "VmHWM" in line)
             return int(line.split()[1]) * 1024
         unit = 1 if sys.platform == "darwin" else 1024
