@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from deadpan.batch.jokes import weights_digest
 from deadpan.batch.pictures import find
+from deadpan.checkpoints.digest import weights_digest
 from deadpan.data.records import PROMPT
 from deadpan.errors import DeadpanError
 
@@ -94,7 +94,7 @@ def test_a_merged_model_is_told_from_its_base_whose_embeddings_it_has(
     weights = tmp_path / "model.safetensors"
     edge, matrix = bytes(2**20), bytes(2**19)
     for whole in (2**26, 0):
-        monkeypatch.setattr("deadpan.batch.jokes._WHOLE", whole)
+        monkeypatch.setattr("deadpan.checkpoints.digest._WHOLE", whole)
         weights.write_bytes(edge + matrix + edge)
         base = weights_digest(tmp_path)
         weights.write_bytes(edge + b"m" * len(matrix) + edge)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from deadpan.cli.loading import Device, Dtype, MaxTiles, Quantization
+from deadpan.cli.options import DataImages, Device, Dtype, MaxTiles, Quantization, Temperature, TopP
 
 
 class Language(StrEnum):
@@ -43,9 +43,7 @@ def compare(
             "deadpan evaluate."
         ),
     ] = None,
-    images: Annotated[
-        Path | None, typer.Option(help="The folder that DATA's picture paths start from.")
-    ] = None,
+    images: DataImages = None,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
     prompt: Annotated[
         str | None,
@@ -57,13 +55,8 @@ def compare(
     samples: Annotated[
         int, typer.Option(help="Answers to each picture; more than one needs --temperature.")
     ] = 1,
-    temperature: Annotated[
-        float, typer.Option(help="0: always the likeliest answer; about 0.8: varied ones.")
-    ] = 0.0,
-    top_p: Annotated[
-        float,
-        typer.Option(help="Draw among the likeliest tokens that together have this probability."),
-    ] = 1.0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
     seed: Annotated[int, typer.Option(help="Another seed draws other answers.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 64,
     max_tiles: MaxTiles = None,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deadpan.cli.loading import Device, Dtype
+from deadpan.cli.options import DataImages, Device, Dtype
 
 if TYPE_CHECKING:
     from deadpan.data.records import Record
@@ -35,9 +35,7 @@ def evaluate(
             "exports they are known."
         ),
     ] = None,
-    images: Annotated[
-        Path | None, typer.Option(help="The folder that DATA's picture paths start from.")
-    ] = None,
+    images: DataImages = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures here, as JSON.")] = None,
     answers_out: Annotated[
         Path | None,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deadpan.cli.loading import Attention, Device, Dtype, Engine, MaxTiles, Quantization
+from deadpan.cli.options import Attention, Device, Dtype, Engine, MaxTiles, Quantization
 
 if TYPE_CHECKING:
     from deadpan.engines import base

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deadpan.cli.loading import Attention, Device, Dtype, Engine, MaxTiles, Quantization
+from deadpan.cli.options import (
+    Attention,
+    Device,
+    Dtype,
+    Engine,
+    MaxTiles,
+    Quantization,
+    Temperature,
+    TopP,
+)
 
 if TYPE_CHECKING:
     from deadpan.engines.base import GenerationSettings
@@ -63,13 +72,8 @@ def tell(
     n: Annotated[
         int, typer.Option("--n", "-n", help="Jokes a picture; more than one needs --temperature.")
     ] = 1,
-    temperature: Annotated[
-        float, typer.Option(help="0: always the likeliest answer; about 0.8: varied ones.")
-    ] = 0.0,
-    top_p: Annotated[
-        float,
-        typer.Option(help="Draw among the likeliest tokens that together have this probability."),
-    ] = 1.0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes drawing repeatable.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens of a joke.")] = 128,
     engine: Engine = "builtin",
@@ -154,9 +158,9 @@ def _tell_many(
     device: str,
     options: dict[str, Any],
 ) -> None:
-    from deadpan.batch.jokes import weights_digest
     from deadpan.batch.pictures import find
     from deadpan.batch.run import tell_all
+    from deadpan.checkpoints.digest import weights_digest
     from deadpan.cli.progress import bar
     from deadpan.engines.base import Engine
     from deadpan.engines.builtin import batch_size_for

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from deadpan import __version__
-from deadpan.batch.jokes import weights_digest
 from deadpan.batch.pictures import Item, find
+from deadpan.checkpoints.digest import weights_digest
 from deadpan.checkpoints.load import choose_device, choose_dtype
 from deadpan.compare.page import Column, page_of
 from deadpan.compare.tellers import Teller, told

@@ -1,5 +1,6 @@
-"""The options of every verb that loads a teller."""
+"""Options that several verbs have: how a teller is loaded, and how it draws."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,4 +19,13 @@ Engine = Annotated[
         help="builtin, or vllm or lmdeploy, which load exports (deadpan export) on a GPU and are "
         "installed with deadpan[vllm] or deadpan[lmdeploy]."
     ),
+]
+Temperature = Annotated[
+    float, typer.Option(help="0: always the likeliest answer; about 0.8: varied ones.")
+]
+TopP = Annotated[
+    float, typer.Option(help="Draw among the likeliest tokens that together have this probability.")
+]
+DataImages = Annotated[
+    Path | None, typer.Option(help="The folder that DATA's picture paths start from.")
 ]
