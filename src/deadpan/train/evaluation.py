@@ -9,6 +9,7 @@ random numbers are afterwards as before.
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -148,13 +149,12 @@ class Evaluator:
 
         held_out, beside = self._objective.measure(self._held_out, self._batch, part)
         training, _ = self._objective.measure(self._training, self._batch, part)
-        engine = BuiltinEngine(
-            Loaded(self._model, self._processor, Path(), Path()), self._batch, kept_bytes=0
-        )
-        told, jokes = (
-            list(ask(engine, asked, self._settings, self._batch, part))
-            for asked in (self._asked, self._probes)
-        )
+        loaded = Loaded(self._model, self._processor, Path(), Path())
+        with closing(BuiltinEngine(loaded, self._batch, kept_bytes=0)) as engine:
+            told, jokes = (
+                list(ask(engine, asked, self._settings, self._batch, part))
+                for asked in (self._asked, self._probes)
+            )
         texts = [answer.text for answer in told]
         return Figures(
             held_out,
