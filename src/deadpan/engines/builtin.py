@@ -145,8 +145,8 @@ class BuiltinEngine:
             cuts = [cut.result() for i in wanted for cut in prompts[i].cuts or []]
             return self._features.of(cuts) if cuts else None
 
-        number = {id(prompt): i for i, prompt in enumerate(prompts)}
-        rows = [number[id(prompt)] for prompt in batch]
+        number = {prompt: i for i, prompt in enumerate(prompts)}
+        rows = [number[prompt] for prompt in batch]
         uniform = uniform.to(self._device, non_blocking=True)
 
         def chosen(logits: torch.Tensor, step: int) -> torch.Tensor:

@@ -7,7 +7,6 @@ tiles nor tower.
 """
 
 import hashlib
-import importlib.util
 import os
 import threading
 from collections import OrderedDict
@@ -21,6 +20,7 @@ from PIL import Image
 from deadpan.models import decoding
 from deadpan.models.answer_loss import plain_model
 from deadpan.models.attention import kernels
+from deadpan.models.fused import has_triton
 from deadpan.models.fused_loss import picture_features, shuffled
 from deadpan.models.vision import Recorded, VisionTower, unsupported
 from deadpan.processing import resampling
@@ -64,11 +64,7 @@ class PictureFeatures:
         self._tower = VisionTower(self._plain) if written_out else None
         # For one picture; several keep a GPU busy.
         self._seen = Recorded(self._see, policy.max_tiles + 1 if self._tower else 0)
-        self._device_cuts = (
-            self._device.type == "cuda"
-            and importlib.util.find_spec("triton") is not None
-            and resampling.is_pillows()
-        )
+        self._device_cuts = has_triton(self._device) and resampling.is_pillows()
         self._policy, self._kept_bytes = policy, kept_bytes
         self._kept: OrderedDict[Key, torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()

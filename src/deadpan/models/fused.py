@@ -190,9 +190,14 @@ def _base(layer: Any) -> nn.Linear:
     return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 
 
+def has_triton(device: torch.device) -> bool:
+    """Whether kernels of our own run on a device."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
 def elementwise_for(device: torch.device) -> Any:
     """The module that has what lies between two products: kernels, where there is Triton to make them."""
-    if device.type == "cuda" and importlib.util.find_spec("triton"):
+    if has_triton(device):
         from deadpan.models import kernels
 
         return kernels
