@@ -7,20 +7,23 @@ answers can be held against the builtin engine's without a GPU.
 import asyncio
 import copy
 import itertools
+import json
 import signal
 import sys
 import threading
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from deadpan.checkpoints.load import Loaded, load
+from deadpan.models import lora
 
 
 class Model:
@@ -41,6 +44,13 @@ class Model:
         self.digests: list[str] = []
         self.closed = False
         self._enough = asyncio.Event()
+
+    def put_on(self, adapter: str, rank: int) -> None:
+        config = json.loads((Path(adapter) / "adapter_config.json").read_text())
+        if config["r"] > rank:
+            raise Exception(f"LoRA rank {config['r']} is greater than max_lora_rank {rank}.")
+        model = lora.load(self.loaded.model, Path(adapter), trainable=False)
+        self.loaded = replace(self.loaded, model=model)
 
     async def answer(
         self, ids: list[int], pixel_values: torch.Tensor | None, tokens: int, stop: int
@@ -89,7 +99,7 @@ class Model:
 
 
 # vLLM: vllm/sampling_params.py, vllm/inputs/engine.py, vllm/multimodal/inputs.py, vllm/engine/arg_utils.py,
-# vllm/usage/usage_lib.py, vllm/v1/engine/async_llm.py, vllm/outputs.py.
+# vllm/usage/usage_lib.py, vllm/config/lora.py, vllm/lora/request.py, vllm/v1/engine/async_llm.py, vllm/outputs.py.
 
 
 class RequestOutputKind(Enum):
@@ -188,6 +198,19 @@ class AsyncEngineArgs:
     mm_processor_cache_gb: float = 4
     disable_log_stats: bool = False
     shutdown_timeout: int = 0
+    enable_lora: bool = False
+    max_loras: int = 1
+    max_lora_rank: int = 16
+
+
+MaxLoRARanks = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
+
+
+@dataclass
+class LoRARequest:
+    lora_name: str
+    lora_int_id: int
+    lora_path: str = ""
 
 
 class AsyncLLM:
@@ -195,6 +218,7 @@ class AsyncLLM:
         self._length = engine_args.max_model_len or 0
         self.model = Model(engine_args.model, engine_args.dtype)
         self.model.arguments = engine_args
+        self._adapter: LoRARequest | None = None
         # What a process that is started here would inherit.
         self.blocked = signal.pthread_sigmask(signal.SIG_BLOCK, set())
 
@@ -210,14 +234,24 @@ class AsyncLLM:
             raise RuntimeError("Engine core initialization failed. See root cause above.")
         return cls(engine_args)
 
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        if not self.model.arguments.enable_lora:
+            raise Exception("LoRA is not enabled!")
+        rank = self.model.arguments.max_lora_rank
+        self.model.put_on(lora_request.lora_path, rank)
+        self._adapter = lora_request
+        return True
+
     async def generate(
         self,
         prompt: Mapping[str, Any],
         sampling_params: SamplingParams,
         request_id: str,
         *,
+        lora_request: LoRARequest | None = None,
         priority: int = 0,
     ) -> AsyncGenerator[Any]:
+        assert lora_request == self._adapter
         ids, pixel_values = list(prompt["prompt_token_ids"]), None
         assert len(ids) < self._length
         if prompt["type"] == "multimodal":
@@ -393,6 +427,9 @@ _MODULES: dict[str, list[Any]] = {
     "vllm.engine.arg_utils": [AsyncEngineArgs],
     "vllm.usage": [],
     "vllm.usage.usage_lib": [UsageContext],
+    "vllm.config": [],
+    "vllm.lora": [],
+    "vllm.lora.request": [LoRARequest],
     "vllm.v1": [],
     "vllm.v1.engine": [],
     "vllm.v1.engine.async_llm": [AsyncLLM],
@@ -409,6 +446,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         for member in members:
             setattr(module, member.__name__, member)
         monkeypatch.setitem(sys.modules, name, module)
+    ranks = ModuleType("vllm.config.lora")
+    ranks.MaxLoRARanks = MaxLoRARanks  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, ranks.__name__, ranks)
     monkeypatch.setattr("deadpan.engines.exported.best_device", lambda: "cuda")
 
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import deadpan
 from deadpan.checkpoints.export import _write
 from deadpan.checkpoints.load import load as load_checkpoint
-from deadpan.checkpoints.source import Layout
+from deadpan.checkpoints.source import Layout, resolve
 from deadpan.cli.main import app
 from deadpan.data.records import PROMPT, Turn
 from deadpan.engines.base import Engine, GenerationSettings, Joke, Request
@@ -28,6 +28,7 @@ from deadpan.errors import DeadpanError
 from deadpan.serve.tellers import Tellers
 from deadpan.teller import Teller, request
 from standins import install, model_in
+from training import recipes, train
 
 GREEDY = GenerationSettings(max_new_tokens=8)
 DTYPE = {"vllm": "fp32", "lmdeploy": "bf16"}
@@ -304,11 +305,87 @@ def test_what_is_no_export_is_told_how_to_become_one(
         deadpan.load(tiny, engine=name)
     assert failed.value.found == "a model in the official layout"
     assert f"deadpan export {tiny} exported --layout hf" in (failed.value.fix or "")
+    if name == "vllm":
+        return
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(DeadpanError, match="loads whole models") as failed:
         deadpan.load(tmp_path, engine=name, base="elsewhere")
     assert failed.value.found == "an adapter"
     assert f"deadpan export {tmp_path} --base elsewhere exported" in (failed.value.fix or "")
+
+
+@pytest.fixture(scope="module")
+def adapters(
+    exported: Path, records: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[bool, Path]:
+    """By whether the projector was trained beside the language model."""
+    runs = tmp_path_factory.mktemp("runs")
+    make = recipes(exported, records)
+    for projector in (False, True):
+        train(
+            make(
+                runs / str(projector),
+                train_projector=projector,
+                max_steps=1,
+                lora={"r": 9},
+                optimizer={"lr": 3e-2},
+            )
+        )
+    return {projector: runs / str(projector) for projector in (False, True)}
+
+
+def test_vllm_puts_an_adapter_on_its_base(
+    adapters: dict[bool, Path],
+    exported: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    requests: list[Request],
+) -> None:
+    install(monkeypatch)
+    teller = deadpan.load(adapters[False], engine="vllm", dtype="fp32")
+    arguments = model_in(teller.engine).arguments
+    assert arguments.model == str(exported)
+    assert (arguments.enable_lora, arguments.max_lora_rank) == (True, 16)
+    jokes = teller.engine.generate(requests, GREEDY)
+    builtin = BuiltinEngine(load_checkpoint(adapters[False], device="cpu", dtype="fp32"))
+    assert jokes == builtin.generate(requests, GREEDY)
+    plain = BuiltinEngine(load_checkpoint(exported, device="cpu", dtype="fp32"))
+    assert jokes != plain.generate(requests, GREEDY)
+    choices = ["冷得像周一。", "一只猫。"]
+    scores = teller.engine.score(requests[1], choices)
+    assert scores == pytest.approx(builtin.score(requests[1], choices), abs=1e-3)
+    teller.close()
+
+
+def test_an_adapter_that_vllm_does_not_put_on_a_model(
+    adapters: dict[bool, Path],
+    tiny: Path,
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(monkeypatch)
+    with pytest.raises(DeadpanError, match="the language model alone") as failed:
+        deadpan.load(adapters[True], engine="vllm")
+    assert failed.value.found == "multi_modal_projector trained whole beside it"
+    assert "train_projector=false" in (failed.value.fix or "")
+    with pytest.raises(DeadpanError, match="on a whole model in the layout hf") as failed:
+        deadpan.load(adapters[False], engine="vllm", base=tiny)
+    assert f"deadpan export {tiny} base-hf --layout hf" in (failed.value.fix or "")
+    with pytest.raises(DeadpanError, match="loads whole models"):
+        deadpan.load(adapters[False], engine="lmdeploy")
+
+    checkpoint = resolve(adapters[False])
+    for path in checkpoint.iterdir():
+        copyfile(path, tmp_path / path.name)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 513}))
+    with pytest.raises(DeadpanError, match="rank is more than vllm takes") as failed:
+        deadpan.load(tmp_path, engine="vllm")
+    assert (failed.value.expected, failed.value.found) == ("at most 512", "513")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "LOHA"}))
+    with pytest.raises(DeadpanError, match="does not take the adapter"):
+        deadpan.load(tmp_path, engine="vllm")
+    assert not [thread for thread in threading.enumerate() if thread.name == "vllm"]
 
 
 def test_an_export_names_the_class_by_which_lmdeploy_finds_its_language_model(

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from deadpan.checkpoints.load import DTYPES
+from deadpan.checkpoints.load import DTYPES, base_of
 from deadpan.checkpoints.source import Layout, detect, resolve
 from deadpan.environment import best_device
 from deadpan.errors import DeadpanError, did_you_mean
+from deadpan.models import lora
 from deadpan.processing.processor import Processor, load_processor
 from deadpan.processing.tokenizer import read_json
 
@@ -31,6 +32,7 @@ class Export:
         dtype: What it computes in.
         length: The most tokens of a prompt and its answer.
         memory: The share of the GPU's memory that it may take.
+        adapter: Where the adapter lies that is put on the model while it answers, if there is one.
     """
 
     folder: Path
@@ -38,6 +40,7 @@ class Export:
     dtype: torch.dtype
     length: int
     memory: float
+    adapter: Path | None = None
 
 
 def find_export(
@@ -59,7 +62,19 @@ def find_export(
     """
     folder = resolve(model)
     layout = detect(folder)
-    if layout is not Layout.HF:
+    adapter = None
+    if layout is Layout.ADAPTER and engine == "vllm":
+        _check_adapter(folder, model, base)
+        adapter, folder, base = folder, base_of(folder, base), None
+        if detect(folder) is not Layout.HF:
+            raise DeadpanError(
+                "vllm puts an adapter on a whole model in the layout hf.",
+                where=adapter,
+                found=f"its base {folder}",
+                fix=f"write one, and name it: deadpan export {folder} base-hf --layout hf, and --base base-hf; "
+                f"or merge the adapter: deadpan export {model} exported --layout hf",
+            )
+    elif layout is not Layout.HF:
         what = "an adapter" if layout is Layout.ADAPTER else "a model in the official layout"
         moved = "" if base is None else f" --base {base}"
         raise DeadpanError(
@@ -87,7 +102,7 @@ def find_export(
             expected="text_config.architectures",
             fix=f"write it anew, and load that: deadpan export {model} exported --layout hf",
         )
-    processor = load_processor(folder, max_tiles)
+    processor = load_processor(adapter or folder, max_tiles)
     positions = text.get("max_position_embeddings", 32768)
     return Export(
         folder,
@@ -96,7 +111,22 @@ def find_export(
         DTYPES["bf16" if dtype == "auto" else dtype],
         min(positions, processor.max_length + _LONGEST_ANSWER),
         memory,
+        adapter,
     )
+
+
+def _check_adapter(folder: Path, model: str | Path, base: str | Path | None) -> None:
+    """Refuse an adapter that vLLM would not put on a model, or only in part."""
+    config = lora.read_config(folder)
+    if saved := config.get("modules_to_save"):
+        moved = "" if base is None else f" --base {base}"
+        raise DeadpanError(
+            "vllm takes an adapter of the language model alone.",
+            where=folder,
+            found=f"{', '.join(saved)} trained whole beside it",
+            fix=f"merge it, and load that: deadpan export {model}{moved} exported --layout hf; "
+            "or train with train_projector=false",
+        )
 
 
 def _check_options(

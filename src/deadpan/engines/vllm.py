@@ -11,8 +11,9 @@ import os
 import signal
 from collections.abc import AsyncGenerator
 from importlib.util import find_spec
+from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import BatchFeature
@@ -21,6 +22,7 @@ from deadpan.engines.base import GenerationSettings
 from deadpan.engines.concurrent import ConcurrentEngine, Prompt, first_line, imported
 from deadpan.engines.exported import Export
 from deadpan.errors import DeadpanError
+from deadpan.models import lora
 
 _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -55,10 +57,14 @@ class VllmEngine(ConcurrentEngine):
         loop = asyncio.new_event_loop()
         super().__init__(export.processor, export.dtype, loop)
         self._names = itertools.count()
+        self._adapter: Any = None
         self._thread = Thread(target=loop.run_forever, name="vllm", daemon=True)
         self._thread.start()
         try:
             self._llm = self._wait(self._start(export))
+        except DeadpanError:
+            self._stop()
+            raise
         except (RuntimeError, ValueError) as error:
             self._stop()
             raise DeadpanError(
@@ -73,6 +79,7 @@ class VllmEngine(ConcurrentEngine):
         # and goes on until it is released, when everything asked has been answered.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         arguments = imported("vllm.engine.arg_utils").AsyncEngineArgs(
+            **({} if export.adapter is None else _room(export.adapter)),
             model=str(export.folder),
             dtype=str(export.dtype).removeprefix("torch."),
             max_model_len=export.length,
@@ -85,11 +92,28 @@ class VllmEngine(ConcurrentEngine):
             # After a SIGTERM of its own, as some send to all of a service's processes: seconds to finish in.
             shutdown_timeout=120,
         )
-        return imported("vllm.v1.engine.async_llm").AsyncLLM.from_engine_args(
+        llm = imported("vllm.v1.engine.async_llm").AsyncLLM.from_engine_args(
             arguments,
             # By it vLLM chooses how many tokens a step reads; otherwise a step would have room for one picture.
             usage_context=imported("vllm.usage.usage_lib").UsageContext.LLM_CLASS,
         )
+        if export.adapter is not None:
+            await self._put_on(llm, export.adapter)
+        return llm
+
+    async def _put_on(self, llm: Any, adapter: Path) -> None:
+        """Load an adapter now, so that what is wrong with it comes to light at the start."""
+        self._adapter = imported("vllm.lora.request").LoRARequest("adapter", 1, str(adapter))
+        try:
+            await llm.add_lora(self._adapter)
+        except Exception as error:  # vLLM's process reports its errors as nothing more special
+            llm.shutdown()
+            raise DeadpanError(
+                "vLLM does not take the adapter.",
+                where=adapter,
+                found=first_line(error),
+                fix="merge it, and load that: deadpan export ADAPTER exported --layout hf",
+            ) from None
 
     def _release(self) -> None:
         self._llm.shutdown()
@@ -116,7 +140,7 @@ class VllmEngine(ConcurrentEngine):
             output_kind=kinds.DELTA if in_pieces else kinds.FINAL_ONLY,
         )
         async for output in self._llm.generate(
-            self._input(prompt, prompt.ids), sampling, self._name()
+            self._input(prompt, prompt.ids), sampling, self._name(), lora_request=self._adapter
         ):
             answer = output.outputs[0]
             yield list(answer.token_ids)
@@ -132,7 +156,9 @@ class VllmEngine(ConcurrentEngine):
             output_kind=self._sampling.RequestOutputKind.FINAL_ONLY,
         )
         inputs = self._input(prompt, prompt.ids + choice)
-        async for output in self._llm.generate(inputs, sampling, self._name()):
+        async for output in self._llm.generate(
+            inputs, sampling, self._name(), lora_request=self._adapter
+        ):
             rows = output.prompt_logprobs[len(prompt.ids) :]
         return sum(row[token].logprob for row, token in zip(rows, choice, strict=True))
 
@@ -170,3 +196,22 @@ class VllmEngine(ConcurrentEngine):
             {"image": [picture.digest for picture in prompt.pictures]},
             {"image": places},
         )
+
+
+def _room(adapter: Path) -> dict[str, Any]:
+    """What vLLM is to set aside for an adapter, as arguments of its own.
+
+    Raises:
+        DeadpanError: If its rank is more than vLLM takes.
+    """
+    r: int = lora.read_config(adapter)["r"]
+    ranks = get_args(imported("vllm.config.lora").MaxLoRARanks)
+    if r > max(ranks):
+        raise DeadpanError(
+            "The adapter's rank is more than vllm takes.",
+            where=adapter,
+            expected=f"at most {max(ranks)}",
+            found=str(r),
+            fix="merge it, and load that: deadpan export ADAPTER exported --layout hf",
+        )
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": min(x for x in ranks if x >= r)}
