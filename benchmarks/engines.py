@@ -3,14 +3,16 @@
     python benchmarks/engines.py TOKENIZER OUT.json [--seed-pictures DIR] [--scratch DIR] [--engine vllm]...
 
 TOKENIZER is a folder with InternLM2's tokenizer files. A model of InternVL2-2B's size is written with random weights,
-fine-tuned for a few steps and exported; the export is then loaded by each engine, with no settings, as `deadpan tell
---engine` does. Each part runs in a process of its own and is written to OUT.json as it ends; parts that are there are
-not run again. A part by itself: --part prepare, reference, vllm, lmdeploy, builtin or gaps.
+taught a long joke for each of twelve pictures, so that it has something to be sure of, and exported; the export is then
+loaded by each engine, with no settings, as `deadpan tell --engine` does. Each part runs in a process of its own and
+writes to OUT.json as it goes; parts that are there are not run again. A part by itself: --part NAME.
 
+- `prepare`: the model, its training, its exports in both layouts.
 - `reference`: transformers' plain generation, one picture at a time: token ids of prompts and answers.
-- an engine: what its own processor would make of the same pictures; its answers, held against the reference;
-  pictures a second and latency with 1, 8 and 32 asking at once, through what `deadpan serve` asks with.
-- `gaps`: where an engine's answer leaves the reference, how far apart the two tokens' logits are there.
+- an engine: its answers to all pictures asked at once; pictures a second and latency with 1, 8 and 32 asking, through
+  what `deadpan serve` asks with; what its own processor would make of the same pictures.
+- `adapter`: an adapter of the language model, put on its base by vLLM while it answers.
+- `compare`: answers held against one another; where two part, how far apart the two tokens' logits are there.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ from deadpan.checkpoints.processor_files import write_json
 from deadpan.config.loader import load_recipe
 from deadpan.data.records import IMAGE_TAG, PROMPT
 from deadpan.engines.base import GenerationSettings, Request
+from deadpan.engines.builtin import BuiltinEngine, _uniform
 from deadpan.engines.concurrent import ConcurrentEngine
 from deadpan.environment import installed
 from deadpan.errors import DeadpanError
@@ -41,12 +45,30 @@ from deadpan.serve.tellers import Tellers
 from deadpan.teller import Teller, load, request
 from deadpan.train.loop import Trainer
 from deadpan.train.watcher import Watcher
-from full_size import write_model, write_records
+from full_size import write_model
 
 ENGINES = ("builtin", "vllm", "lmdeploy")
-TOKENS = 32
 ASKING = (1, 8, 32)
-GREEDY = GenerationSettings(max_new_tokens=TOKENS)
+TIMED = GenerationSettings(max_new_tokens=32)
+WHOLE = GenerationSettings(max_new_tokens=64)
+"""Longer than the jokes that are taught, so that their end is heard too."""
+TAUGHT = 12
+Keep = Callable[[Any], None]
+"""Writes what a part has found so far."""
+WHO = [
+    "热狗",
+    "冰箱",
+    "企鹅",
+    "闹钟",
+    "雪人",
+    "拖鞋",
+    "仙人掌",
+    "自行车",
+    "月亮",
+    "鱼缸",
+    "信封",
+    "地铁",
+]
 
 
 def drawn_picture(number: int, size: tuple[int, int]) -> Image.Image:
@@ -62,8 +84,52 @@ def drawn_picture(number: int, size: tuple[int, int]) -> Image.Image:
     return image
 
 
+def joke(number: int) -> str:
+    """A joke of more than 32 tokens and fewer than 64."""
+    who, other = WHO[number], WHO[(number * 5 + 7) % len(WHO)]
+    return (
+        f"{who}对{other}说：我今天不想上班。{other}想了很久，说：你本来就不用上班，"
+        f"你只是一个{who}。{who}点点头，于是请了第{number + 3}天假。"
+    )
+
+
+def teach(
+    scratch: Path, model: Path, name: str, pictures: list[Path], steps: int, *more: str
+) -> list[float]:
+    """Fine-tune on a joke for each picture; the losses."""
+    records, run = scratch / f"{name}.json", scratch / name
+    rows = [
+        {
+            "id": str(number),
+            "image": str(path.resolve()),
+            "conversations": [
+                {"from": "human", "value": f"{IMAGE_TAG}\n{PROMPT}"},
+                {"from": "gpt", "value": joke(number)},
+            ],
+        }
+        for number, path in enumerate(pictures)
+    ]
+    write_json(records, rows)
+    overrides = [
+        f"model={model}",
+        f"data.train={records}",
+        f"run={run}",
+        f"epochs={steps}",
+        "micro_batch_size=6",
+        "gradient_accumulation_steps=2",
+        "optimizer.lr=3e-4",
+        "data.validation=null",
+        "trackers=[]",
+        f"feature_cache={scratch / 'features'}",
+        *more,
+    ]
+    Trainer(load_recipe("internvl2-2b-lora", overrides), resume=False, watcher=Watcher()).train()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [round(line["loss"], 3) for line in lines if "loss" in line]
+
+
 def prepare(scratch: Path, tokenizer: Path, seed_pictures: Path | None, steps: int) -> Any:
-    """Pictures, the model, a few steps of training, and its exports."""
+    """Pictures, the model, its training, its exports, and an adapter of the language model alone."""
     folder = scratch / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(seed_pictures.iterdir()) if seed_pictures else []:
@@ -73,26 +139,19 @@ def prepare(scratch: Path, tokenizer: Path, seed_pictures: Path | None, steps: i
     for number in range(20):
         size = sizes[number % len(sizes)]
         drawn_picture(number, size).save(folder / f"drawn-{number:02}.png")
-    model, run = scratch / "official", scratch / "run"
+    model = scratch / "official"
     write_model(model, tokenizer)
-    write_records(scratch / "records.json", sorted(folder.iterdir())[:4])
-    overrides = [
-        f"model={model}",
-        f"data.train={scratch / 'records.json'}",
-        f"run={run}",
-        f"max_steps={steps}",
-        "optimizer.lr=1e-3",
-    ]
-    Trainer(load_recipe("internvl2-2b-lora", overrides), resume=False, watcher=Watcher()).train()
-    losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    report: dict[str, Any] = {
-        "losses": [round(line["loss"], 3) for line in losses if "loss" in line]
-    }
+    pictures = sorted(folder.iterdir())[-TAUGHT:]
+    report: dict[str, Any] = {"losses": teach(scratch, model, "run", pictures, steps)}
     for layout in ("hf", "official"):
         try:
-            report[layout] = export(run, scratch / f"exported-{layout}", layout)
+            report[layout] = export(scratch / "run", scratch / f"exported-{layout}", layout)
         except DeadpanError as error:
             report[layout] = str(error)
+    export(model, scratch / "base", "hf")
+    report["adapter_losses"] = teach(
+        scratch, scratch / "base", "adapter", pictures, steps, "train_projector=false"
+    )
     return report
 
 
@@ -103,29 +162,32 @@ def questions(scratch: Path) -> list[Request]:
 def reference(scratch: Path) -> Any:
     """Greedy answers of transformers' own generation, a picture at a time."""
     teller = load(scratch / "exported-hf", engine="builtin")
-    answers = {}
+    answers, prompts = {}, {}
     for question in questions(scratch):
         inputs = {
             name: tensor.to(teller.model.device)
             for name, tensor in teller.processor(question.images, question.turns).items()
         }
         with torch.inference_mode():
-            output = teller.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+            output = teller.model.generate(
+                **inputs, max_new_tokens=WHOLE.max_new_tokens, do_sample=False
+            )
         prompt = inputs["input_ids"][0].tolist()
-        answers[question.name] = {"prompt": prompt, "answer": output[0, len(prompt) :].tolist()}
-    write_json(scratch / "reference.json", answers)
-    texts = [teller.processor.decode(each["answer"]) for each in answers.values()]
-    distinct = [len(set(each["answer"])) / len(each["answer"]) for each in answers.values()]
+        prompts[question.name] = prompt
+        answers[question.name] = output[0, len(prompt) :].tolist()
+    write_json(scratch / "prompts.json", prompts)
+    write_json(scratch / "answers-reference.json", answers)
+    texts = [teller.processor.decode(each) for each in answers.values()]
     return {
         "pictures": len(answers),
         "different_answers": len(set(texts)),
-        "distinct_tokens_in_an_answer": round(statistics.mean(distinct), 3),
-        "answers": [text[:40] for text in texts[:6]],
+        "ended": sum(each[-1] == teller.processor.stop_id for each in answers.values()),
+        "answers": texts[:2] + texts[-2:],
     }
 
 
-def one_engine(scratch: Path, name: str) -> Any:
-    """Its own processor, its answers, its speed."""
+def one_engine(scratch: Path, name: str, keep: Keep) -> None:
+    """Its answers, its speed, its own processor."""
     began = time.perf_counter()
     teller = load(scratch / "exported-hf", engine=name, batch_size=max(ASKING))
     row: dict[str, Any] = {
@@ -133,50 +195,65 @@ def one_engine(scratch: Path, name: str) -> Any:
         "start_seconds": round(time.perf_counter() - began, 1),
     }
     asked = questions(scratch)
+    row["equal_prompts"] = answer(teller, scratch, name, asked)
+    keep(row)
+    row["speed"] = []
+    for asking in ASKING:
+        row["speed"].append(asyncio.run(speed(teller, asking)))
+        keep(row)
     if name != "builtin":
         compare = own_of_vllm if name == "vllm" else own_of_lmdeploy
         row["own_processor"] = compare(teller, scratch / "exported-hf", asked)
-    row["answers"] = compare_answers(teller, name, scratch, asked)
-    row["speed"] = [asyncio.run(speed(teller, asking)) for asking in ASKING]
+        keep(row)
     teller.close()
-    return row
 
 
-def compare_answers(teller: Teller, name: str, scratch: Path, asked: list[Request]) -> Any:
-    """Prompts and greedy tokens against the reference, all pictures asked at once."""
-    expected = json.loads((scratch / "reference.json").read_text())
-    wanted = [expected[question.name] for question in asked]
+def adapter(scratch: Path, keep: Keep) -> None:
+    """The adapter on its base in vLLM; the same by the builtin engine, and the base without it."""
+    asked = questions(scratch)
+    for name, model, engine in (
+        ("unmerged", "adapter", "builtin"),
+        ("without", "base", "builtin"),
+        ("unmerged-vllm", "adapter", "vllm"),
+    ):
+        teller = load(scratch / model, engine=engine, batch_size=max(ASKING))
+        answer(teller, scratch, name, asked)
+        if engine == "vllm":
+            keep({"speed": [asyncio.run(speed(teller, asking)) for asking in ASKING]})
+        teller.close()
+
+
+def answer(teller: Teller, scratch: Path, name: str, asked: list[Request]) -> int:
+    """Greedy tokens of all pictures, asked at once, to a file; how many prompts are the reference's."""
     engine = teller.engine
-    if not isinstance(engine, ConcurrentEngine):
-        jokes = engine.generate(asked, GREEDY)
-        texts = [teller.processor.decode(want["answer"]) for want in wanted]
-        same = [joke.text == text for joke, text in zip(jokes, texts, strict=True)]
-        return {"identical": sum(same), "of": len(asked)}
+    if isinstance(engine, BuiltinEngine):
+        prompts = engine._prompts(asked)
+        for prompt in prompts:
+            engine._cut(prompt)
+        steps = list(engine._tokens(prompts, WHOLE, _uniform(len(asked), WHOLE)))
+        answers = [upto(list(ids), teller.processor.stop_id) for ids in zip(*steps, strict=True)]
+        made = [prompt.ids for prompt in prompts]
+    else:
+        assert isinstance(engine, ConcurrentEngine)
 
-    async def ids(question: Request) -> list[int]:
-        tokens = engine._tokens(engine.prompt(question), GREEDY, False)
-        return [token async for part in tokens for token in part]
+        async def ids(question: Request) -> list[int]:
+            tokens = engine._tokens(engine.prompt(question), WHOLE, False)
+            return [token async for part in tokens for token in part]
 
-    async def all_ids() -> list[list[int]]:
-        return await asyncio.gather(*map(ids, asked))
+        async def all_ids() -> list[list[int]]:
+            return await asyncio.gather(*map(ids, asked))
 
-    answers = engine._wait(all_ids())
-    firsts = [
-        first_difference(answer, want["answer"])
-        for answer, want in zip(answers, wanted, strict=True)
-    ]
-    rows = {
-        question.name: {"answer": answer, "first_difference": first}
-        for question, answer, first in zip(asked, answers, firsts, strict=True)
-    }
-    write_json(scratch / f"answers-{name}.json", rows)
-    prompts = [engine.prompt(question).ids for question in asked]
-    return {
-        "equal_prompts": sum(p == w["prompt"] for p, w in zip(prompts, wanted, strict=True)),
-        "identical": firsts.count(None),
-        "of": len(asked),
-        "first_differences": sorted(first for first in firsts if first is not None),
-    }
+        answers = engine._wait(all_ids())
+        made = [engine.prompt(question).ids for question in asked]
+    names = [question.name for question in asked]
+    write_json(scratch / f"answers-{name}.json", dict(zip(names, answers, strict=True)))
+    wanted = json.loads((scratch / "prompts.json").read_text())
+    return sum(ids == wanted[name] for name, ids in zip(names, made, strict=True))
+
+
+def upto(ids: list[int], stop: int) -> list[int]:
+    """An answer with its stop token and nothing after."""
+    return ids[: ids.index(stop) + 1] if stop in ids else ids
 
 
 def first_difference(one: list[int], other: list[int]) -> int | None:
@@ -255,6 +332,7 @@ async def speed(teller: Teller, asking: int) -> Any:
     assert teller.processor.tile_policy.count(picture.size, 1) == 7
     numbers = iter(range(10**6))
     latencies: list[float] = []
+    tokens: list[int] = []
 
     def fresh() -> Image.Image:
         image = picture.copy()
@@ -265,11 +343,13 @@ async def speed(teller: Teller, asking: int) -> Any:
         for _ in range(times):
             image = fresh()
             began = time.perf_counter()
-            await tellers.tell("it", [image], f"{IMAGE_TAG}\n{PROMPT}", GREEDY)
+            (told,) = await tellers.ask("it", [request(image, PROMPT)], TIMED)
+            tokens.append(told.tokens)
             latencies.append(time.perf_counter() - began)
 
     await asyncio.gather(*(ask(2) for _ in range(asking)))  # kernels are chosen and compiled
     latencies.clear()
+    tokens.clear()
     times = 16 if asking == 1 else 6
     began = time.perf_counter()
     await asyncio.gather(*(ask(times) for _ in range(asking)))
@@ -279,41 +359,69 @@ async def speed(teller: Teller, asking: int) -> Any:
         "asking": asking,
         "pictures": len(latencies),
         "pictures_per_second": round(len(latencies) / seconds, 2),
+        "tokens_an_answer": round(statistics.mean(tokens), 1),
         "latency_median": round(statistics.median(latencies), 4),
         "latency_largest": round(max(latencies), 4),
     }
 
 
-def gaps(scratch: Path) -> Any:
-    """For each answer that differs: the reference's logit less the other's, where they part."""
-    teller = load(scratch / "exported-hf", engine="builtin")
-    device = teller.model.device
-    expected = json.loads((scratch / "reference.json").read_text())
+def compare(scratch: Path) -> Any:
+    """How many answers are the same, by pairs; the reference's logits where two part."""
+    files = {path.stem.removeprefix("answers-"): path for path in scratch.glob("answers-*.json")}
+    answers = {name: json.loads(path.read_text()) for name, path in files.items()}
+    pairs = [
+        ("builtin", "reference"),
+        *((name, against) for name in ENGINES[1:] for against in ("reference", "builtin")),
+        ("unmerged-vllm", "unmerged"),
+        ("unmerged-vllm", "without"),
+    ]
+    of_export = load(scratch / "exported-hf", engine="builtin")
     report = {}
-    for name in ("vllm", "lmdeploy"):
-        path = scratch / f"answers-{name}.json"
-        if not path.exists():
+    for name, against in pairs:
+        if name not in answers or against not in answers:
             continue
-        rows = json.loads(path.read_text())
-        found = []
-        for question in questions(scratch):
-            row, want = rows[question.name], expected[question.name]["answer"]
-            place = row["first_difference"]
-            if place is None or place >= min(len(row["answer"]), len(want)):
-                continue
-            inputs = teller.processor(question.images, question.turns)
-            ids = torch.cat([inputs["input_ids"], torch.tensor([want[:place]]).long()], dim=1)
-            with torch.inference_mode():
-                logits = teller.model(
-                    input_ids=ids.to(device),
-                    attention_mask=torch.ones_like(ids, device=device),
-                    pixel_values=inputs["pixel_values"].to(device),
-                    logits_to_keep=1,
-                ).logits[0, -1]
-            gap = (logits[want[place]] - logits[row["answer"][place]]).item()
-            found.append({"place": place, "gap": gap, "spread": logits.float().std().item()})
-        report[name] = found
+        teller = None if name.startswith("unmerged") else of_export
+        report[f"{name} against {against}"] = compared(
+            answers[name], answers[against], scratch, teller
+        )
     return report
+
+
+def compared(
+    mine: dict[str, list[int]], theirs: dict[str, list[int]], scratch: Path, teller: Teller | None
+) -> dict[str, Any]:
+    """Two tellers' answers; with a teller the gap between the two logits where answers part."""
+    row: dict[str, Any] = {"identical": 0, "of": len(mine), "parted": []}
+    for question in questions(scratch):
+        one, other = mine[question.name], theirs[question.name]
+        place = first_difference(one, other)
+        if place is None:
+            row["identical"] += 1
+            continue
+        parted: dict[str, Any] = {"picture": question.name, "place": place}
+        if teller is not None and place < min(len(one), len(other)):
+            logits = after(teller, question, other[:place])
+            parted["gap"] = round((logits[other[place]] - logits[one[place]]).item(), 4)
+            best = logits.topk(2).values
+            parted["best_two"] = round((best[0] - best[1]).item(), 4)
+            parted["spread"] = round(logits.std().item(), 3)
+        row["parted"].append(parted)
+    return row
+
+
+def after(teller: Teller, question: Request, answer: list[int]) -> torch.Tensor:
+    """transformers' logits of the token that follows, float32 of shape (vocabulary,)."""
+    inputs = teller.processor(question.images, question.turns)
+    device = teller.model.device
+    ids = torch.cat([inputs["input_ids"], torch.tensor([answer]).long()], dim=1)
+    with torch.inference_mode():
+        logits = teller.model(
+            input_ids=ids.to(device),
+            attention_mask=torch.ones_like(ids, device=device),
+            pixel_values=inputs["pixel_values"].to(device),
+            logits_to_keep=1,
+        ).logits[0, -1]
+    return logits.float()
 
 
 def main() -> None:
@@ -324,20 +432,25 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed-pictures", type=Path)
     parser.add_argument("--scratch", type=Path, default=Path("engines"))
-    parser.add_argument("--steps", type=int, default=4, help="of training")
+    parser.add_argument("--steps", type=int, default=100, help="of training, each on all pictures")
     parser.add_argument("--engine", action="append", choices=ENGINES)
     parser.add_argument("--part", help="one part by itself, also if it is there")
     a = parser.parse_args()
     a.scratch.mkdir(parents=True, exist_ok=True)
     results = json.loads(a.out.read_text()) if a.out.exists() else {}
     if a.part is None:
-        parts = ["prepare", "reference", *(a.engine or ENGINES), "gaps"]
+        parts = ["prepare", "reference", *(a.engine or ENGINES), "adapter", "compare"]
         for part in parts:
             if part not in results:
                 # In a process of its own: what fails costs nothing else, and memory is free again.
                 subprocess.run([sys.executable, *sys.argv, "--part", part], check=False)
                 results = json.loads(a.out.read_text()) if a.out.exists() else {}
         return
+
+    def keep(made: Any) -> None:
+        print(a.part, json.dumps(made, ensure_ascii=False), flush=True)
+        write_json(a.out, {**results, a.part: made})
+
     if a.part == "prepare":
         made = prepare(a.scratch, a.tokenizer, a.seed_pictures, a.steps)
         made["machine"] = {
@@ -346,12 +459,13 @@ def main() -> None:
             "torch": torch.__version__,
             "transformers": installed("transformers"),
         }
+        keep(made)
     elif a.part in ENGINES:
-        made = one_engine(a.scratch, a.part)
+        one_engine(a.scratch, a.part, keep)
+    elif a.part == "adapter":
+        adapter(a.scratch, keep)
     else:
-        made = {"reference": reference, "gaps": gaps}[a.part](a.scratch)
-    print(a.part, json.dumps(made, ensure_ascii=False), flush=True)
-    write_json(a.out, {**results, a.part: made})
+        keep({"reference": reference, "compare": compare}[a.part](a.scratch))
 
 
 if __name__ == "__main__":

@@ -190,9 +190,7 @@ def load(
             memory=memory,
         )
         kind = VllmEngine if engine == "vllm" else LmdeployEngine
-        started = Loaded(
-            None, export.processor, export.adapter or export.folder, export.folder
-        )
+        started = Loaded(None, export.processor, export.adapter or export.folder, export.folder)
         return Teller(started, engine=kind(export))
     loaded = load_checkpoint(
         model,

@@ -106,7 +106,7 @@ class VllmEngine(ConcurrentEngine):
         self._adapter = imported("vllm.lora.request").LoRARequest("adapter", 1, str(adapter))
         try:
             await llm.add_lora(self._adapter)
-        except Exception as error:  # vLLM's process reports its errors as nothing more special
+        except Exception as error:  # noqa: BLE001 - its process reports errors as nothing more special
             llm.shutdown()
             raise DeadpanError(
                 "vLLM does not take the adapter.",
