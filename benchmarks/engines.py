@@ -398,7 +398,7 @@ def compared(
         if place is None:
             row["identical"] += 1
             continue
-        parted: dict[str, Any] = {"picture": question.name, "place": place}
+        parted: dict[str, Any] = {"picture": Path(question.name).name, "place": place}
         if teller is not None and place < min(len(one), len(other)):
             logits = after(teller, question, other[:place])
             parted["gap"] = round((logits[other[place]] - logits[one[place]]).item(), 4)
