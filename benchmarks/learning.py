@@ -1,15 +1,17 @@
 """Whether faster ways to train learn the same: loss curves of the same samples from the same weights.
 
-    python benchmarks/learning.py OUT.json OUT.png [--steps 200] [--rows kept cached fp8 nf4]
+    python benchmarks/learning.py OUT.json OUT.png [--steps 200] [--rows kept cached fp8 nf4] [--also OTHER.json]
 
 The model, its adapter and the rows are those of benchmarks/train.py: InternVL2-2B's size, random weights.
 It learns 64 samples of one tile and random tokens by heart, eight a step, so that the loss goes from
 that of a guess to that of a memory. `apart` is the largest distance between a row's curve and the first
-row's, of means over eight steps (an epoch), as a share of the first row's fall. With --tiny it all runs
-on a CPU, with miniature layers.
+row's, of means over eight steps (an epoch), as a share of the first row's fall. --also takes rows from
+another run's file, made at the same time by another process; its first row stays the first. With --tiny it
+all runs on a CPU, with miniature layers.
 """
 
 import argparse
+import json
 import platform
 import random
 import statistics
@@ -81,9 +83,11 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=["kept", "cached", "fp8", "nf4"])
     parser.add_argument("--tiny", action="store_true", help="miniature layers on the CPU")
+    parser.add_argument("--also", type=Path, help="an OUT.json whose rows come before these")
     arguments = parser.parse_args()
     rows: dict[str, dict[str, Any]] = {}
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    if arguments.also:
+        rows = json.loads(arguments.also.read_text())["rows"]
     for name in arguments.rows:
         start = time.perf_counter()
         losses = curve(ROWS[name], arguments.steps, arguments.rate, arguments.tiny)
@@ -94,9 +98,11 @@ def main() -> None:
         rows[name] = {"row": ROWS[name].name, "losses": losses, "apart": apart, "seconds": seconds}
         shown = ", ".join(f"{means[int(i * (len(means) - 1) / 4)]:.3f}" for i in range(5))
         print(f"{ROWS[name].name:30} {shown}  apart {apart:.1%}  {seconds:.0f} s", flush=True)
-        axes.plot(losses, label=ROWS[name].name, linewidth=1)
         if not arguments.tiny:
             torch.cuda.empty_cache()
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for row in rows.values():
+        axes.plot(row["losses"], label=row["row"], linewidth=1)
     axes.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
     axes.legend()
     figure.savefig(arguments.figure, dpi=120)
