@@ -271,13 +271,14 @@ class _Kept(NamedTuple):
     gate_up: torch.Tensor
 
 
-def _layer_forward(
+def layer_forward(
     layer: Layer,
     row: Row,
     x: torch.Tensor,
     seeds: Sequence[torch.Tensor],
     wanted: torch.Tensor | None,
 ) -> tuple[torch.Tensor, _Kept]:
+    """A layer's output, of the wanted tokens if not of all, and what `layer_backward` takes beside it."""
     ops, share, fp8 = layer.ops, row.dropout, layer.fp8
     casts = layer.casts
     weight, eps = layer.norms[0]
@@ -310,7 +311,7 @@ def _layer_forward(
     return y.add_(middle), kept
 
 
-def _layer_backward(
+def layer_backward(
     layer: Layer,
     row: Row,
     x: torch.Tensor,
@@ -319,6 +320,7 @@ def _layer_backward(
     kept: _Kept,
     grad: torch.Tensor,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The gradients of a layer's input and of its `parameters`."""
     ops, share, fp8 = layer.ops, row.dropout, layer.fp8
     masked = share > 0
     _, _, *q = ops.quantise(grad, 0.0, seeds[0], fp8)
@@ -378,7 +380,7 @@ class _LayerFunction(torch.autograd.Function):
         checkpoint: bool,
         *_: torch.Tensor,
     ) -> torch.Tensor:
-        out, kept = _layer_forward(layer, row, x, seeds, wanted)
+        out, kept = layer_forward(layer, row, x, seeds, wanted)
         ctx.save_for_backward(x)
         ctx.layer, ctx.row, ctx.seeds, ctx.wanted = layer, row, seeds, wanted
         ctx.kept = None if checkpoint else kept
@@ -389,9 +391,9 @@ class _LayerFunction(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None
         if kept is None:
-            _, kept = _layer_forward(ctx.layer, ctx.row, x, ctx.seeds, ctx.wanted)
+            _, kept = layer_forward(ctx.layer, ctx.row, x, ctx.seeds, ctx.wanted)
         grad = grads[0].to(x.dtype).contiguous()
-        dx, gradients = _layer_backward(ctx.layer, ctx.row, x, ctx.seeds, ctx.wanted, kept, grad)
+        dx, gradients = layer_backward(ctx.layer, ctx.row, x, ctx.seeds, ctx.wanted, kept, grad)
         return dx, None, None, None, None, None, *gradients
 
 
@@ -403,6 +405,9 @@ class FusedDecoder:
         dtype: The type to compute in.
         fp8: Multiply the frozen weights in FP8.
         dropout: The adapters' dropout.
+
+    Attributes:
+        layers: The layers, with their parameters.
     """
 
     def __init__(
@@ -445,19 +450,43 @@ class FusedDecoder:
             Of shape (wanted, hidden).
         """
         x = embeddings.to(self._dtype)
-        cos, sin = self._language_model.rotary_emb(x[None], position_ids[None])
-        training = self._language_model.training
-        row = Row(cos[0], sin[0], position_ids, segments, self._dropout if training else 0.0)
-        seeds = torch.zeros(len(self.layers), len(_PARTS), dtype=torch.int32)
-        if row.dropout:
-            seeds = torch.randint(-(2**31), 2**31, seeds.shape).to(torch.int32)
-        seeds = seeds.to(x.device, non_blocking=True)
-        with torch.no_grad():
-            torch._foreach_copy_(self._parts, self._parameters)
-            torch._foreach_mul_(self._parts, self._scales)
+        cos, sin = self.rotation(x, position_ids)
+        row = Row(cos, sin, position_ids, segments, self.dropout)
+        seeds = self.seeds().to(x.device, non_blocking=True)
+        self.cast()
         for layer, of_layer in zip(self.layers, seeds.unbind(), strict=True):
             rows = wanted if layer is self.layers[-1] else None
             x = _LayerFunction.apply(
                 x, layer, row, of_layer.unbind(), rows, checkpoint, *layer.parameters
             )
-        return self._language_model.norm(x)
+        return self.norm(x)
+
+    @property
+    def dropout(self) -> float:
+        """The share of the adapters' inputs that is left out now."""
+        return self._dropout if self._language_model.training else 0.0
+
+    def seeds(self) -> torch.Tensor:
+        """What decides which inputs of a pass are left out: int32 of shape (layer, input), on the CPU."""
+        shape = (len(self.layers), len(_PARTS))
+        if not self.dropout:
+            return torch.zeros(shape, dtype=torch.int32)
+        return torch.randint(-(2**31), 2**31, shape).to(torch.int32)
+
+    @torch.no_grad()
+    def cast(self) -> None:
+        """Bring the adapters' weights, as they are now, to the type computed in."""
+        torch._foreach_copy_(self._parts, self._parameters)
+        torch._foreach_mul_(self._parts, self._scales)
+
+    def rotation(
+        self, like: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of positions (token), each of shape (token, dim) and the type of `like`."""
+        cos, sin = self._language_model.rotary_emb(like[None], position_ids[None])
+        return cos[0], sin[0]
+
+    def norm(self, x: torch.Tensor) -> torch.Tensor:
+        """The norm behind the last layer."""
+        out: torch.Tensor = self._language_model.norm(x)
+        return out

@@ -5,9 +5,11 @@ predict something, and where its samples lie is read off the batch while it is o
 nothing waits for the GPU to tell.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
+from torch.func import functional_call
 from torch.nn import functional
 from transformers import InternVLForConditionalGeneration
 
@@ -46,6 +48,41 @@ def shuffled(model: InternVLForConditionalGeneration, hidden: torch.Tensor) -> t
 Keep = Callable[[torch.Tensor], None]
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """A batch as one row of tokens, on the CPU.
+
+    Attributes:
+        ids: int64 of shape (token).
+        positions: int64 of shape (token).
+        segments: Where the samples lie.
+        wanted: The tokens that predict something, int64 of shape (wanted), each once.
+        places: For each supervised token its place in `wanted`, int64 of shape (supervised). The end of a
+            shared prefix predicts the first token of several answers.
+        targets: The supervised tokens, int64 of shape (supervised).
+        image_tokens: Where pictures go, int64 of shape (image token).
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    segments: Segments
+    wanted: torch.Tensor
+    places: torch.Tensor
+    targets: torch.Tensor
+    image_tokens: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, image_token_id: int) -> "Tokens":
+        """Read a batch, padded or packed, on the CPU."""
+        ids, positions = batch.input_ids.flatten(), batch.position_ids.flatten()
+        segments = Segments.of(positions)
+        labels = batch.labels.flatten()
+        supervised = (labels != IGNORE_INDEX).nonzero().flatten()
+        wanted, places = segments.before[supervised].unique(return_inverse=True)
+        image_tokens = (ids == image_token_id).nonzero().flatten()
+        return cls(ids, positions, segments, wanted, places, labels[supervised], image_tokens)
+
+
 class FusedLoss:
     """The cross-entropy of a batch's supervised tokens.
 
@@ -56,6 +93,9 @@ class FusedLoss:
         dropout: The adapters' dropout.
 
     Attributes:
+        model: InternVL itself.
+        dtype: The type computed in.
+        decoder: Its layers, as training reads them.
         checkpoint: Whether only each layer's input is kept and the rest computed again in the backward pass.
     """
 
@@ -66,10 +106,14 @@ class FusedLoss:
         fp8: bool = False,
         dropout: float = 0.0,
     ) -> None:
-        self._model = plain_model(model)
-        self._dtype = dtype
-        self._decoder = FusedDecoder(self._model, dtype, fp8, dropout)
+        self.model, self.dtype = plain_model(model), dtype
+        self.decoder = FusedDecoder(self.model, dtype, fp8, dropout)
         self.checkpoint = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.lm_head.weight.device
 
     def __call__(
         self, batch: Batch, keep: Keep | None = None, reduction: Reduction = "sum"
@@ -85,35 +129,62 @@ class FusedLoss:
             float32: -log p(token | what precedes it) of the supervised tokens, of shape (supervised,), or
             their sum, a scalar.
         """
-        model = self._model
-        device = model.lm_head.weight.device
-        ids, positions = batch.input_ids.flatten(), batch.position_ids.flatten()
-        segments = Segments.of(positions)
-        labels = batch.labels.flatten()
-        supervised = (labels != IGNORE_INDEX).nonzero().flatten()
-        # The end of a shared prefix predicts the first token of several answers.
-        wanted, places = segments.before[supervised].unique(return_inverse=True)
-        image_tokens = (ids == model.config.image_token_id).nonzero().flatten()
+        return self.of(self.read(batch), self.features(batch, keep), reduction)
 
-        def moved(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device, non_blocking=True)
+    def read(self, batch: Batch) -> Tokens:
+        """A batch's tokens."""
+        return Tokens.of(batch, self.model.config.image_token_id)
 
-        x = model.get_input_embeddings()(moved(ids)).to(self._dtype)  # (token, hidden)
-        features = None if batch.features is None else moved(batch.features)
-        if batch.pixel_values is not None:
-            with torch.no_grad():
-                features = picture_features(model, moved(batch.pixel_values))
-            if keep is not None:
-                keep(features)
+    def features(self, batch: Batch, keep: Keep | None) -> torch.Tensor | None:
+        """What the vision tower sees of a batch's pictures, where it is known or else on the model's device."""
+        if batch.pixel_values is None:
+            return batch.features
+        with torch.no_grad():
+            features = picture_features(self.model, self._moved(batch.pixel_values))
+        if keep is not None:
+            keep(features)
+        return features
+
+    def of(
+        self, tokens: Tokens, features: torch.Tensor | None, reduction: Reduction
+    ) -> torch.Tensor:
+        """The loss, of what `read` and `features` gave."""
+        moved = self._moved
+        x = self.embedded(moved(tokens.ids))
         if features is not None:
-            with torch.autocast(device.type, self._dtype, self._dtype is torch.bfloat16):
-                projected = model.model.multi_modal_projector(features)
-            x = x.index_copy(0, moved(image_tokens), projected.flatten(0, 1).to(self._dtype))
-        hidden = self._decoder(
-            x, moved(positions), segments.to(device), moved(wanted), self.checkpoint
-        )
-        logits = functional.linear(hidden, model.lm_head.weight)  # (wanted, vocabulary)
-        if len(wanted) < len(places):
-            logits = logits[moved(places)]
-        targets = moved(labels[supervised])
-        return functional.cross_entropy(logits.float(), targets, reduction=reduction)
+            projected = self.projected(moved(features))
+            x = x.index_copy(0, moved(tokens.image_tokens), projected.flatten(0, 1))
+        wanted, segments = moved(tokens.wanted), tokens.segments.to(self.device)
+        hidden = self.decoder(x, moved(tokens.positions), segments, wanted, self.checkpoint)
+        logits = self.logits(hidden)
+        if len(tokens.wanted) < len(tokens.places):
+            logits = logits[moved(tokens.places)]
+        return functional.cross_entropy(logits.float(), moved(tokens.targets), reduction=reduction)
+
+    def embedded(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids (token) to embeddings (token, hidden)."""
+        x: torch.Tensor = self.model.get_input_embeddings()(ids)
+        return x.to(self.dtype)
+
+    def projected(
+        self, features: torch.Tensor, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """What the language model reads of features (..., channel): (..., hidden).
+
+        Args:
+            features: On the model's device.
+            weights: Tensors to take the place of the projector's parameters of these names.
+        """
+        projector = self.model.model.multi_modal_projector
+        # Without autocast's cache, which would keep weights cast in one recorded pass for another.
+        enabled = self.dtype is torch.bfloat16
+        with torch.autocast(self.device.type, self.dtype, enabled, cache_enabled=False):
+            out: torch.Tensor = functional_call(projector, dict(weights or {}), features)
+        return out.to(self.dtype)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states (token, hidden) to logits (token, vocabulary)."""
+        return functional.linear(hidden, self.model.lm_head.weight)
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device, non_blocking=True)
