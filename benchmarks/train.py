@@ -43,6 +43,7 @@ from deadpan.models.attention import kernels
 from deadpan.models.build import build_empty, checkpoint_layers, put_parameter
 from deadpan.models.frozen import quantise_rows
 from deadpan.models.fused_loss import FusedLoss, picture_features
+from deadpan.models.recorded import RecordedLoss
 from deadpan.processing import tiles
 from deadpan.processing.collate import Batch, collate
 from deadpan.processing.encoding import IGNORE_INDEX
@@ -87,6 +88,7 @@ class Row:
         dropout: The adapter's.
         packing: Samples end to end instead of padded.
         micro_batch: Samples of a forward pass.
+        recorded: Few tokens are played back from CUDA graphs.
     """
 
     name: str
@@ -98,6 +100,7 @@ class Row:
     dropout: float = 0.0
     packing: bool = True
     micro_batch: int = SAMPLES
+    recorded: bool = False
 
 
 PEERS: dict[str, Any] = {
@@ -118,6 +121,11 @@ ROWS = {
     "cached": Row("+ features cached"),
     "fp8": Row("+ FP8", quantization="fp8"),
     "fp8-dropout": Row("FP8, LoRA dropout 0.05", quantization="fp8", dropout=0.05),
+    "cached-recorded": Row("bf16, recorded", recorded=True),
+    "fp8-recorded": Row("FP8, recorded", quantization="fp8", recorded=True),
+    "fp8-dropout-recorded": Row(
+        "FP8, dropout 0.05, recorded", quantization="fp8", dropout=0.05, recorded=True
+    ),
     "nf4": Row("NF4 instead of FP8", quantization="nf4"),
     "24gb": Row("FP8, checkpointing", quantization="fp8", checkpoint=True),
     "12gb": Row(
@@ -226,7 +234,7 @@ def loss_function(row: Row, model: PeftModel) -> Callable[[Batch], torch.Tensor]
     if row.fused:
         fused = FusedLoss(model, dtype, row.quantization == "fp8", row.dropout)
         fused.checkpoint = row.checkpoint
-        return fused
+        return RecordedLoss(fused) if row.recorded else fused
     answers = AnswerLoss(model)
     plain: InternVLForConditionalGeneration = plain_model(model)
 

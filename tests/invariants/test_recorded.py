@@ -15,7 +15,8 @@ from deadpan.checkpoints.load import load
 from deadpan.data.records import load as load_records
 from deadpan.models import lora, recorded
 from deadpan.models.fused_loss import FusedLoss, picture_features
-from deadpan.models.recorded import RecordedLoss, Shape
+from deadpan.models.recorded import RecordedLoss
+from deadpan.models.shapes import Shape
 from deadpan.processing.collate import Batch, collate
 from deadpan.processing.encoding import IGNORE_INDEX
 from deadpan.processing.processor import Sample, load_processor
@@ -224,3 +225,7 @@ def test_when_memory_runs_out_the_plain_way_is_gone(
     assert_equal(first, outcome(model, fused, batch))
     assert_equal(outcome(model, loss_of, batch), outcome(model, fused, batch))
     assert loss_of.played == 0
+    loss_of.forget()  # perhaps there is room now
+    for _ in range(2):
+        assert_equal(outcome(model, loss_of, batch), outcome(model, fused, batch))
+    assert loss_of.played == 1

@@ -2,16 +2,7 @@
 
 A GPU is through with a micro-batch of few tokens before the host has launched its kernels one by one. A
 recording is launched by one call, but has fixed shapes and addresses. So a batch is filled up to a
-`Shape` that others are filled up to as well:
-
-    tokens        real ones, then padding, at least one
-    samples       real ones, then of padding: samples of one token, and one of what is left
-    supervised    real ones, then some that predict the last token's successor, which counts for nothing
-    image tokens  as many as tokens; those that are not there read zeros, and go to the last token
-
-Samples see themselves alone, and what padding predicts is left out of the loss. So no gradient reaches
-the padding, and it adds zeros to those of the weights: loss and gradients are the plain way's, but for
-rounding. Dropout too: it goes by an element's place in the row, and real tokens come first.
+`Shape` that others are filled up to as well, which changes neither loss nor gradients.
 
 The recording leaves gradients of the summed loss in buffers of its own. The loss that is returned has
 these in store: `backward` scales them and adds them to the parameters' `.grad` as ever.
@@ -20,7 +11,7 @@ these in store: `backward` scales them and adds them to the parameters' `.grad` 
 import time
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -30,17 +21,12 @@ from deadpan.models.answer_loss import Reduction
 from deadpan.models.fused import Row, layer_backward, layer_forward
 from deadpan.models.fused_loss import FusedLoss, Keep, Tokens
 from deadpan.models.segments import Segments, has_flash
+from deadpan.models.shapes import Shape
 from deadpan.processing.collate import Batch
-from deadpan.processing.encoding import IGNORE_INDEX
 
 MOST_TOKENS = 6144
 """Beyond it a GPU is what is waited for: an H100 computes 16 us a token of a 2B model in FP8, and its host
 launches a pass in 107 ms."""
-
-_STEP = 256
-"""Tokens are filled up to multiples of it: 5% of padding, and few shapes, where 2,500 tokens are usual."""
-
-_FEWEST_SUPERVISED = 64
 
 _MOST_RECORDED = 32
 """The most shapes that are recorded, the first that come twice. None gives way to another: a set of
@@ -56,53 +42,6 @@ def suits(fused: FusedLoss) -> bool:
     return has_flash(torch.empty(0, dtype=fused.dtype, device=fused.device)) and not (
         nf4.is_quantised(weight)
     )
-
-
-class Shape(NamedTuple):
-    """What batches are filled up to.
-
-    Attributes:
-        tokens: Tokens in all.
-        samples: Samples in all.
-        longest: The length that no sample exceeds.
-        supervised: Supervised tokens in all.
-        pictured: Whether there are pictures.
-    """
-
-    tokens: int
-    samples: int
-    longest: int
-    supervised: int
-    pictured: bool
-
-    @classmethod
-    def of(cls, tokens: Tokens, pictured: bool) -> "Shape":
-        """The smallest that a batch fits into."""
-        real = len(tokens.segments.starts) - 1
-        samples = _power_of_two(real + 1)
-        count = len(tokens.ids) + samples - real
-        return cls(
-            tokens=-(-count // _STEP) * _STEP,
-            samples=samples,
-            longest=_power_of_two(max(tokens.segments.longest, _STEP)),
-            supervised=_power_of_two(max(len(tokens.targets), _FEWEST_SUPERVISED)),
-            pictured=pictured,
-        )
-
-    def filled(self, tokens: Tokens) -> list[torch.Tensor]:
-        """Ids, positions, image tokens, wanted tokens, targets, and where samples begin: int64, on the CPU."""
-        count, real = len(tokens.ids), len(tokens.segments.starts) - 1
-        single = torch.arange(count + 1, count + self.samples - real)
-        starts = [tokens.segments.starts, single, torch.tensor([self.tokens])]
-        last = self.tokens - 1
-        return [
-            _padded(tokens.ids, self.tokens, 0),
-            _padded(tokens.positions, self.tokens, 0),
-            _padded(tokens.image_tokens, self.tokens, last),
-            _padded(tokens.wanted, self.supervised, last),
-            _padded(tokens.targets, self.supervised, IGNORE_INDEX),
-            torch.cat(starts),
-        ]
 
 
 @dataclass
@@ -179,11 +118,15 @@ class RecordedLoss:
         return self._fused.of(tokens, features, reduction)
 
     def forget(self) -> None:
-        """Give back what recordings keep. Shapes are recorded again as they come."""
-        if self._held:
+        """Give back what recordings keep, and begin anew."""
+        if self._device.type == "cuda" and self._passes:
             torch.cuda.synchronize(self._device)
         self._passes.clear()
+        self._seen.clear()
+        self._gradients, self._features = [], None
+        # A pool that has lost its last recording takes no other.
         self._held, self._pool = 0, None
+        self._stopped = False
 
     def _stop(self) -> None:
         self.forget()
@@ -317,9 +260,7 @@ class RecordedLoss:
         fused, decoder = self._fused, self._fused.decoder
         ids, positions, image_tokens, wanted, targets, starts, drawn = of_shape.parts
         segments = replace(segments, starts=starts.to(torch.int32))
-        row = Row(
-            self._cos[positions], self._sin[positions], positions, segments, decoder.dropout
-        )
+        row = Row(self._cos[positions], self._sin[positions], positions, segments, decoder.dropout)
         decoder.cast()
         x = fused.embedded(ids)
         # Leaves of their own: the parameters' may belong to another stream, which no recording can wait for.
@@ -331,10 +272,11 @@ class RecordedLoss:
             x.index_copy_(0, image_tokens, projected.detach())
         seeds = drawn.to(torch.int32).view(len(decoder.layers), -1)
         done = []
-        for layer, of_layer in zip(decoder.layers, seeds.unbind(), strict=True):
+        for layer, of_layer in zip(decoder.layers, seeds, strict=True):
             rows = wanted if layer is decoder.layers[-1] else None
-            out, kept = layer_forward(layer, row, x, of_layer.unbind(), rows)
-            done.append((layer, of_layer.unbind(), rows, x, kept))
+            drops = of_layer.unbind()
+            out, kept = layer_forward(layer, row, x, drops, rows)
+            done.append((layer, row, x, drops, rows, kept))
             x = out
         del out, kept
         hidden = x.requires_grad_()
@@ -346,11 +288,9 @@ class RecordedLoss:
         del logits, loss, hidden
         *of_layers, of_projector = self._gradients
         while done:
-            layer, of_layer, rows, x, kept = done.pop()
-            grad, gradients = layer_backward(layer, row, x, of_layer, rows, kept, grad)
+            grad, gradients = layer_backward(*done.pop(), grad)
             if gradients:
                 torch._foreach_copy_(of_layers[len(done)], gradients)
-            del kept, gradients
         if shape.pictured and leaves:
             found = torch.autograd.grad(projected, list(leaves.values()), grad[image_tokens])
             torch._foreach_copy_(of_projector, list(found))
@@ -375,12 +315,3 @@ class _Known(torch.autograd.Function):
         if ctx.owner.played != ctx.number:
             raise RuntimeError("A later batch has taken the place of this loss's gradients.")
         return None, None, None, *torch._foreach_mul(ctx.gradients, grads[0])
-
-
-def _power_of_two(count: int) -> int:
-    """The smallest that is not less."""
-    return 1 << (count - 1).bit_length()
-
-
-def _padded(values: torch.Tensor, length: int, value: int) -> torch.Tensor:
-    return functional.pad(values, (0, length - len(values)), value=value)

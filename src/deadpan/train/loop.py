@@ -420,6 +420,7 @@ class Trainer:
             self.plan.micro_batch_size,
             self.dtype,
         )
+        self.loss.free()
         try:
             with optimizers.weights_to_use(self.optimizer):
                 figures = evaluator.evaluate(progress)
@@ -489,7 +490,7 @@ class Trainer:
         )
         if failed:
             self.processes.share(failures[0] if failures else None)
-        mean = self._gradients(share, supervised)
+        loss = self._gradients(share, supervised)
         own = self.objective.figures()
         figures = self.processes.gather(own) if own else []
         if not pictured:
@@ -497,6 +498,8 @@ class Trainer:
             for parameter in lora.projector_parameters(self.model):
                 parameter.grad = None
         norm = self.parallel.clip(self.recipe.optimizer.max_grad_norm)
+        # Not before: to read it is to wait for the device, which is to have the next work by then.
+        mean = loss.item()
         if not (math.isfinite(mean) and math.isfinite(norm)):
             raise self._not_finite(step, share, mean, norm)
         rates = {
@@ -515,13 +518,13 @@ class Trainer:
         }
         return metrics, tokens
 
-    def _gradients(self, share: Sequence[Batch], supervised: int) -> float:
+    def _gradients(self, share: Sequence[Batch], supervised: int) -> torch.Tensor:
         """The gradients of the whole step's mean loss, in the trainable parameters; the loss."""
         if self.processes.world == 1 or self.parallel.in_step:
             # In step, a process that fails ends, and the launcher ends those that wait for it.
             own = self._accumulate(share, supervised)
             total, _ = self.parallel.sum(own, failed=False)
-            return (total / supervised).item()
+            return total / supervised
         total, failure = torch.zeros((), device=self.device), None
         try:
             with self._memory_explained():
@@ -531,7 +534,7 @@ class Trainer:
         total, failed = self.parallel.sum(total, failure is not None)
         if failed:
             self.processes.share(failure)
-        return (total / supervised).item()
+        return total / supervised
 
     def _accumulate(self, share: Sequence[Batch], supervised: int) -> torch.Tensor:
         """Add up this process's gradients; returns the sum of its tokens' losses."""

@@ -19,6 +19,7 @@ from deadpan.models.frozen import has_fp8
 from deadpan.models.fused import unsupported
 from deadpan.models.fused_loss import FusedLoss
 from deadpan.models.preference_loss import log_probabilities
+from deadpan.models.recorded import RecordedLoss, suits
 from deadpan.processing.collate import Batch
 from deadpan.processing.processor import Processor
 from deadpan.train.features import FeatureCache, default_folder
@@ -94,10 +95,13 @@ class TrainingLoss:
     ) -> None:
         self._model, self._device, self._dtype = model, device, dtype
         self.fused: FusedLoss | None = None
+        self._recorded: RecordedLoss | None = None
         self.cache: FeatureCache | None = None
         if _is_fused(recipe, model, device):
             fp8 = recipe.quantization == "fp8"
             self.fused = FusedLoss(model, dtype, fp8, recipe.lora.lora_dropout)
+            if suits(self.fused):
+                self._recorded = RecordedLoss(self.fused)
             if recipe.feature_cache is not None:
                 folder = (
                     default_folder() if recipe.feature_cache == "auto" else recipe.feature_cache
@@ -116,6 +120,16 @@ class TrainingLoss:
         else:
             checkpoint_layers(plain_model(self._model).model.language_model)
 
+    def free(self) -> None:
+        """Give back the memory that is kept from step to step, for others to use meanwhile."""
+        if self._recorded is not None:
+            self._recorded.forget()
+
+    @property
+    def recording_seconds(self) -> float:
+        """The time that steps took so far beyond what they would take again."""
+        return 0.0 if self._recorded is None else self._recorded.seconds
+
     def __call__(self, batch: Batch, reduction: Reduction = "sum") -> torch.Tensor:
         """The losses of a micro-batch's supervised tokens, or their sum, a scalar; float32.
 
@@ -127,7 +141,7 @@ class TrainingLoss:
             keep = self._keep(batch) if batch.feature_files else None
             # It knows its types by itself; an evaluation has autocast on.
             with torch.autocast(self._device.type, enabled=False):
-                return self.fused(batch, keep, reduction)
+                return (self._recorded or self.fused)(batch, keep, reduction)
         on_device = batch.to(self._device)
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is torch.bfloat16):
             return self._plain(

@@ -65,6 +65,7 @@ def _taken_back(trainer: "Trainer") -> Iterator[None]:
     try:
         yield
     finally:
+        trainer.loss.free()
         trainer.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for parameter, before in zip(trainer.trainable, weights, strict=True):
@@ -320,11 +321,15 @@ class Rehearsal:
         )
         only_one = trainer.plan.steps - done == 1
         timed, steps, seconds = Load(), 0, 0.0
-        began = time.perf_counter()
+
+        def clock() -> float:
+            return time.perf_counter() - trainer.loss.recording_seconds
+
+        began = clock()
         try:
             with closing(trainer.steps()) as running:
                 for number, (load, _) in enumerate(zip(loads, running, strict=True)):
-                    now = time.perf_counter()
+                    now = clock()
                     if number or only_one:
                         timed, steps, seconds = timed + load, steps + 1, seconds + now - began
                     began = now
