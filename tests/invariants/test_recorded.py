@@ -20,7 +20,11 @@ from deadpan.models.shapes import Shape
 from deadpan.processing.collate import Batch, collate
 from deadpan.processing.encoding import IGNORE_INDEX
 from deadpan.processing.processor import Sample, load_processor
+from deadpan.train import model as train_model
+from deadpan.train.loop import Trainer
+from deadpan.train.watcher import Watcher
 from make_tiny_model import make_official
+from training import course, recipes, result_of
 
 Outcome = tuple[torch.Tensor, dict[str, torch.Tensor]]
 TOLERANCE = 1e-6
@@ -84,15 +88,22 @@ def known(fused: FusedLoss, *batches: Batch) -> RecordedLoss:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("checkpoint", [True, False])
 def test_loss_and_gradients_are_the_plain_ones(
-    folder: Path, samples: list[Sample], packing: bool, dropout: float
+    folder: Path, samples: list[Sample], packing: bool, dropout: float, checkpoint: bool
 ) -> None:
     model = adapted(folder)
     batch = collate(samples, 0, packing)
     fused = FusedLoss(model, torch.float32, dropout=dropout)
+    fused.checkpoint = checkpoint
     loss_of = known(fused, batch)
     assert_equal(outcome(model, loss_of, batch), outcome(model, fused, batch))
     assert loss_of.played == 1
+    # It begins anew with what is kept now.
+    fused.checkpoint = not checkpoint
+    for _ in range(2):
+        assert_equal(outcome(model, loss_of, batch), outcome(model, fused, batch))
+    assert loss_of.played == 2
 
 
 def test_batches_of_unlike_shapes_take_turns(folder: Path, samples: list[Sample]) -> None:
@@ -185,9 +196,6 @@ def test_what_cannot_be_played_back_goes_the_plain_way(
     model.eval()
     loss_of(batch)
     model.train()
-    fused.checkpoint = True
-    assert_equal(outcome(model, loss_of, batch), outcome(model, fused, batch))
-    fused.checkpoint = False
     shared = replace(batch, position_ids=batch.position_ids.clone())
     shared.position_ids[0, -4:] -= 4
     assert fused.read(shared).segments.readers is not None
@@ -229,3 +237,34 @@ def test_when_memory_runs_out_the_plain_way_is_gone(
     for _ in range(2):
         assert_equal(outcome(model, loss_of, batch), outcome(model, fused, batch))
     assert loss_of.played == 1
+
+
+def test_a_run_trains_the_same(
+    tiny: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout, two micro-batches a step and short steps, evaluations amid them."""
+    make = recipes(tiny, records)
+    settings = {
+        "decoder": "fused",
+        "packing": True,
+        "lora": {"lora_dropout": 0.05},
+        "micro_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "epochs": 4,
+        "data": {"validation": 0.25},
+        "evaluation": {"every_steps": 4, "memorisation_pictures": 0, "probe_pictures": 0},
+        "optimizer": {"eps": 1e-4},  # see test_accumulation.py
+    }
+    plain = Trainer(make(tmp_path / "plain", **settings), False, Watcher()).train()
+    monkeypatch.setattr(train_model, "suits", lambda fused: True)
+    trainer = Trainer(make(tmp_path / "recorded", **settings), False, Watcher())
+    found = trainer.train()
+    assert trainer.loss._recorded is not None
+    assert trainer.loss._recorded.played > 3
+    for line, expected in zip(
+        course(tmp_path / "recorded"), course(tmp_path / "plain"), strict=True
+    ):
+        assert line == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(
+        result_of(found.checkpoint), result_of(plain.checkpoint), rtol=0, atol=1e-6
+    )

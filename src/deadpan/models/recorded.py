@@ -63,8 +63,8 @@ class RecordedLoss:
     """The loss of a `FusedLoss`, played back where that is faster.
 
     A shape's first batch goes the plain way. So does what a recording cannot do: answers behind a shared
-    prefix, losses token by token, checkpointing, evaluation, more than `MOST_TOKENS` tokens, or samples
-    beyond the model's positions. The numbers are the same. On a CPU the same pass runs unrecorded.
+    prefix, losses token by token, evaluation, more than `MOST_TOKENS` tokens, or samples beyond the model's
+    positions. The numbers are the same. On a CPU the same pass runs unrecorded.
 
     Recordings share one pool of memory, which they keep. They give way to the plain way where both do
     not fit, and then no more are made.
@@ -86,7 +86,7 @@ class RecordedLoss:
         self._cos, self._sin = fused.decoder.rotation(like, positions)
         self._passes: dict[Shape, _Pass] = {}
         self._seen: set[Shape] = set()
-        self._stopped = False
+        self._stopped, self._checkpoint = False, fused.checkpoint
         self._held = 0
         self._pool: Any = None
         self._side: Any = None
@@ -100,6 +100,8 @@ class RecordedLoss:
         self, batch: Batch, keep: Keep | None = None, reduction: Reduction = "sum"
     ) -> torch.Tensor:
         """The loss of a micro-batch; see `FusedLoss`. Its gradients can be had until the next call."""
+        if self._fused.checkpoint != self._checkpoint:
+            self.forget()
         tokens, features = self._fused.read(batch), self._fused.features(batch, keep)
         shape = self._shape(tokens, features, reduction)
         if shape is not None and self._plays(shape, tokens, features):
@@ -126,7 +128,7 @@ class RecordedLoss:
         self._gradients, self._features = [], None
         # A pool that has lost its last recording takes no other.
         self._held, self._pool = 0, None
-        self._stopped = False
+        self._stopped, self._checkpoint = False, self._fused.checkpoint
 
     def _stop(self) -> None:
         self.forget()
@@ -148,7 +150,6 @@ class RecordedLoss:
             or reduction != "sum"
             or not torch.is_grad_enabled()
             or not fused.model.training
-            or fused.checkpoint
             or tokens.segments.readers is not None
             or tokens.segments.longest > self._longest
             # The plain way says what is wrong with it.
@@ -276,7 +277,7 @@ class RecordedLoss:
             rows = wanted if layer is decoder.layers[-1] else None
             drops = of_layer.unbind()
             out, kept = layer_forward(layer, row, x, drops, rows)
-            done.append((layer, row, x, drops, rows, kept))
+            done.append((layer, x, drops, rows, None if self._checkpoint else kept))
             x = out
         del out, kept
         hidden = x.requires_grad_()
@@ -288,7 +289,9 @@ class RecordedLoss:
         del logits, loss, hidden
         *of_layers, of_projector = self._gradients
         while done:
-            grad, gradients = layer_backward(*done.pop(), grad)
+            layer, x, drops, rows, known = done.pop()
+            known = known or layer_forward(layer, row, x, drops, rows)[1]
+            grad, gradients = layer_backward(layer, row, x, drops, rows, known, grad)
             if gradients:
                 torch._foreach_copy_(of_layers[len(done)], gradients)
         if shape.pictured and leaves:
