@@ -154,6 +154,21 @@ def test_a_frozen_projector_and_known_features(folder: Path, samples: list[Sampl
     assert loss_of.played == 1
 
 
+def test_a_batch_that_is_not_finite_leaves_nothing_behind(
+    folder: Path, samples: list[Sample]
+) -> None:
+    """What a longer batch has left of its pictures lies where the next is filled up."""
+    model = adapted(folder)
+    short, long = collate(samples[:1], 0, True), collate(samples, 0, True)
+    assert long.pixel_values is not None
+    broken = replace(long, pixel_values=long.pixel_values * torch.nan)
+    fused = FusedLoss(model, torch.float32)
+    loss_of = known(fused, short, broken)
+    assert loss_of(broken).isnan()
+    assert_equal(outcome(model, loss_of, short), outcome(model, fused, short))
+    assert loss_of.played == 2
+
+
 def full(count: int, rest: int, samples: Sequence[Sample]) -> Batch:
     """Texts that leave `rest` tokens of `count`."""
     ids = [i % 50 + 5 for i in range(count - rest)]
