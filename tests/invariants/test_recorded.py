@@ -4,6 +4,7 @@ Here it runs on the CPU, unrecorded, in float32: what is read, filled up, left o
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -219,6 +220,32 @@ def test_what_cannot_be_played_back_goes_the_plain_way(
     monkeypatch.setattr(recorded, "MOST_TOKENS", Shape.of(fused.read(batch), True).tokens - 1)
     loss_of(batch)
     assert loss_of.played == 0
+
+
+def test_a_pass_asks_its_device_for_nothing(
+    folder: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there are no numbers at all, to ask for one is an error, as it is in a recording."""
+    monkeypatch.setattr(
+        torch, "autocast", lambda *_, **__: nullcontext()
+    )  # which knows no such device
+    model = adapted(folder)
+    batch = collate(samples, 0, True)
+    fused = FusedLoss(model, torch.float32, dropout=0.1)
+    known_angles = RecordedLoss(
+        fused
+    )  # found with the model's own, which ask for the last position
+    fused = FusedLoss(model.to("meta"), torch.float32, dropout=0.1)
+    fused.decoder.rotation = lambda like, positions: (  # type: ignore[method-assign]
+        known_angles._cos.to("meta"),
+        known_angles._sin.to("meta"),
+    )
+    loss_of = RecordedLoss(fused)
+    del fused.decoder.rotation
+    loss_of._seen.add(Shape.of(fused.read(batch), True))
+    loss_of(batch).backward()
+    assert loss_of.played == 1
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_gradients_that_are_gone_are_not_given(folder: Path, samples: list[Sample]) -> None:
