@@ -73,9 +73,10 @@ def outcome(model: PeftModel, loss_of: Callable[[Batch], torch.Tensor], *steps: 
 def assert_equal(one: Outcome, other: Outcome) -> None:
     torch.testing.assert_close(one[0], other[0], rtol=TOLERANCE, atol=0)
     assert one[1].keys() == other[1].keys()
-    largest = max(gradient.abs().max().item() for gradient in other[1].values())
-    assert largest > 0.1
-    torch.testing.assert_close(one[1], other[1], rtol=0, atol=TOLERANCE * max(1, largest))
+    norm = torch.stack([gradient.norm() for gradient in other[1].values()]).norm()
+    assert norm > 1
+    for name, expected in other[1].items():
+        assert (one[1][name] - expected).norm() <= TOLERANCE * norm, name
 
 
 def known(fused: FusedLoss, *batches: Batch) -> RecordedLoss:
@@ -111,9 +112,10 @@ def test_batches_of_unlike_shapes_take_turns(folder: Path, samples: list[Sample]
     """Several micro-batches a step: long after short, without pictures after some with them."""
     model = adapted(folder)
     texts = [text_only(sample) for sample in samples]
+    # The largest is neither first nor last.
     steps = [
         collate(part, 0, True)
-        for part in (samples, [samples[0]], texts, [texts[0], samples[1]], samples[::-1])
+        for part in ([samples[0]], texts, samples * 3, [texts[0], samples[1]], samples[::-1])
     ]
     fused = FusedLoss(model, torch.float32, dropout=0.1)
     loss_of = RecordedLoss(fused)
@@ -122,9 +124,11 @@ def test_batches_of_unlike_shapes_take_turns(folder: Path, samples: list[Sample]
     before = loss_of.played
     assert_equal(outcome(model, loss_of, *steps), outcome(model, fused, *steps))
     assert loss_of.played == before + len(steps)
-    assert len(loss_of._passes) >= 3
+    first, *others = loss_of._passes
+    assert len(others) >= 2
+    assert all(first.tokens > other.tokens for other in others)
     # A step without pictures leaves the projector no gradient.
-    assert_equal(outcome(model, loss_of, steps[2]), outcome(model, fused, steps[2]))
+    assert_equal(outcome(model, loss_of, steps[1]), outcome(model, fused, steps[1]))
 
 
 def test_the_weights_are_read_anew(folder: Path, samples: list[Sample]) -> None:
@@ -242,6 +246,7 @@ def test_a_pass_asks_its_device_for_nothing(
     )
     loss_of = RecordedLoss(fused)
     del fused.decoder.rotation
+    fused.model.model.language_model.rotary_emb.rope_type = "dynamic"
     loss_of._seen.add(Shape.of(fused.read(batch), True))
     loss_of(batch).backward()
     assert loss_of.played == 1

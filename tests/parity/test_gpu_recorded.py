@@ -56,7 +56,7 @@ def batches(folder: Path, records: Path) -> list[Batch]:
         replace(sample, input_ids=answer, labels=answer, pixel_values=None)
         for sample, answer in zip(samples, answers, strict=True)
     ]
-    parts = (samples[:3], samples[2::-1], samples * 6, samples[:1], texts)
+    parts = (samples[:3], samples[1:], samples * 6, samples[:1], texts)
     return [collate(part, processor.pad_id, True) for part in parts]
 
 

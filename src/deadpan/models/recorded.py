@@ -66,8 +66,9 @@ class RecordedLoss:
     prefix, losses token by token, evaluation, more than `MOST_TOKENS` tokens, or samples beyond the model's
     positions. The numbers are the same. On a CPU the same pass runs unrecorded.
 
-    Recordings share one pool of memory, which they keep. They give way to the plain way where both do
-    not fit, and then no more are made.
+    Recordings share one pool of memory, which they keep. The largest comes first, and the others find
+    room in what it took; so a larger one begins the pool anew. They give way to the plain way where both
+    do not fit, and then no more are made.
 
     Args:
         fused: The plain way.
@@ -121,14 +122,17 @@ class RecordedLoss:
 
     def forget(self) -> None:
         """Give back what recordings keep, and begin anew."""
+        self._drop()
+        self._seen.clear()
+        self._gradients, self._features = [], None
+        self._stopped, self._checkpoint = False, self._fused.checkpoint
+
+    def _drop(self) -> None:
         if self._device.type == "cuda" and self._passes:
             torch.cuda.synchronize(self._device)
         self._passes.clear()
-        self._seen.clear()
-        self._gradients, self._features = [], None
         # A pool that has lost its last recording takes no other.
         self._held, self._pool = 0, None
-        self._stopped, self._checkpoint = False, self._fused.checkpoint
 
     def _stop(self) -> None:
         self.forget()
@@ -165,8 +169,11 @@ class RecordedLoss:
         if shape not in self._seen:
             self._seen.add(shape)
             return False
-        if shape not in self._passes and len(self._passes) == _MOST_RECORDED:
-            return False
+        if shape not in self._passes:
+            if all(shape.tokens > known.tokens for known in self._passes):
+                self._drop()
+            if len(self._passes) == _MOST_RECORDED:
+                return False
         parts = shape.filled(tokens)
         samples = tuple(pairwise(parts[-1].tolist()))
         segments = replace(tokens.segments, longest=shape.longest, samples=samples)
