@@ -232,20 +232,17 @@ def test_a_pass_asks_its_device_for_nothing(
     """Where there are no numbers at all, to ask for one is an error, as it is in a recording."""
     monkeypatch.setattr(
         torch, "autocast", lambda *_, **__: nullcontext()
-    )  # which knows no such device
+    )  # it knows no such device
     model = adapted(folder)
     batch = collate(samples, 0, True)
     fused = FusedLoss(model, torch.float32, dropout=0.1)
-    known_angles = RecordedLoss(
-        fused
-    )  # found with the model's own, which ask for the last position
+    # Angles are found beforehand: where they depend on the last position, that is asked for.
+    found = fused.decoder.rotation(torch.zeros(0), torch.arange(6144))
+    angles = [angle.to("meta") for angle in found]
     fused = FusedLoss(model.to("meta"), torch.float32, dropout=0.1)
-    fused.decoder.rotation = lambda like, positions: (  # type: ignore[method-assign]
-        known_angles._cos.to("meta"),
-        known_angles._sin.to("meta"),
-    )
-    loss_of = RecordedLoss(fused)
-    del fused.decoder.rotation
+    with monkeypatch.context() as patched:
+        patched.setattr(fused.decoder, "rotation", lambda like, positions: angles)
+        loss_of = RecordedLoss(fused)
     fused.model.model.language_model.rotary_emb.rope_type = "dynamic"
     loss_of._seen.add(Shape.of(fused.read(batch), True))
     loss_of(batch).backward()
