@@ -228,7 +228,9 @@ class RecordedLoss:
         """
         began = time.perf_counter()
         ran_out = False
-        with torch.cuda.device(self._device):
+        # Autograd in this thread, which alone is being recorded.
+        one_thread = torch.autograd.grad_mode.set_multithreading_enabled(False)
+        with torch.cuda.device(self._device), one_thread:
             # Memory of a pool goes from one recording to the next on the same stream only.
             self._side = self._side or torch.cuda.Stream()
             self._pool = self._pool or torch.cuda.graph_pool_handle()
