@@ -18,6 +18,7 @@ from deadpan.processing.collate import Batch
 from deadpan.train.forecast import Forecast
 from deadpan.train.loop import Trainer
 from deadpan.train.memory import Meter
+from deadpan.train.model import TrainingLoss
 from deadpan.train.rehearsal import Rehearsal
 from deadpan.train.watcher import Watcher
 from training import MakeRecipe, course, identical, recipes, result_of, train
@@ -172,6 +173,24 @@ def test_a_dry_run_writes_nothing_and_tells_what_the_run_will_do(
     assert found.memory.optimizer == 2 * trainable + 4 * len(trainer.trainable)
     whole = sum(p.nbytes for p in trainer.model.parameters())
     assert found.memory.frozen == whole - trainable
+
+
+def test_time_that_was_spent_on_recording_is_not_in_the_pace(
+    make: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, steps = Trainer._step, 0
+
+    def step(self: Trainer, number: int, share: list[Batch]) -> tuple[dict[str, Any], int]:
+        nonlocal steps
+        steps += 1
+        return real(self, number, share)
+
+    monkeypatch.setattr(Trainer, "_step", step)
+    # As if each step had taken a thousand seconds beside.
+    monkeypatch.setattr(TrainingLoss, "recording_seconds", property(lambda self: -1000 * steps))
+    pace = forecast(make(tmp_path / "run", micro_batch_size=2, epochs=3)).pace
+    assert pace is not None
+    assert pace.seconds // 1000 == pace.steps
 
 
 def test_a_dry_run_may_look_at_a_folder_that_holds_a_run(make: MakeRecipe, tmp_path: Path) -> None:

@@ -46,12 +46,13 @@ class Shape(NamedTuple):
         """The smallest that a batch fits into."""
         real = len(tokens.segments.starts) - 1
         samples = _power_of_two(real + 1)
-        count = len(tokens.ids) + samples - real
+        count = -(-(len(tokens.ids) + samples - real) // _STEP) * _STEP
+        supervised = _power_of_two(max(len(tokens.targets), _FEWEST_SUPERVISED))
         return cls(
-            tokens=-(-count // _STEP) * _STEP,
+            tokens=count,
             samples=samples,
             longest=_power_of_two(max(tokens.segments.longest, _STEP)),
-            supervised=_power_of_two(max(len(tokens.targets), _FEWEST_SUPERVISED)),
+            supervised=min(supervised, count),
             pictured=pictured,
         )
 
