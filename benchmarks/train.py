@@ -283,6 +283,14 @@ def measure(
             with torch.no_grad():
                 seen = picture_features(plain_model(model), batch.pixel_values.to(device)).cpu()
             features[id(batch)] = seen if tiny else seen.pin_memory()
+
+    def fed(batch: Batch) -> Batch:
+        known = features.get(id(batch))
+        return batch if known is None else with_features(batch, known)
+
+    if row.recorded:  # what is known is recorded in the first step, whose gradient is compared
+        for batch in steps[0]:
+            loss_of(fed(batch))
     if not tiny:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -298,9 +306,8 @@ def measure(
             start = time.perf_counter()
             total = torch.zeros((), device=device)
             for batch in step:
-                known = features.get(id(batch))
                 with kernels():
-                    loss = loss_of(batch if known is None else with_features(batch, known))
+                    loss = loss_of(fed(batch))
                     (loss / supervised).backward()
                 total += loss.detach()
             if not number:
