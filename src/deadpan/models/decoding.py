@@ -22,17 +22,19 @@ Weights are the model's own, adapters unmerged and NF4 included, read as trainin
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import DynamicCache, InternVLForConditionalGeneration
 
 from deadpan.models import nf4
 from deadpan.models.answer_loss import plain_model
 from deadpan.models.attention import kernels
-from deadpan.models.frozen import Rows
+from deadpan.models.frozen import Rows, padded
 from deadpan.models.fused import Layer
 from deadpan.models.fused import unsupported as unsupported_layers
 from deadpan.models.segments import Segments, attend, has_flash
@@ -59,6 +61,8 @@ def unsupported(model: torch.nn.Module) -> str | None:
         return "the plain formula was asked for"
     if any(parameter.requires_grad for parameter in model.parameters()):
         return "its weights are being trained"
+    if type(plain.lm_head) is not nn.Linear:
+        return "it knows no adapter of the head"
     return unsupported_layers(plain)
 
 
@@ -116,16 +120,34 @@ class Decoder:
         self._cos, self._sin = cos[0], sin[0]  # (position, dim)
         self._none = torch.zeros((), dtype=torch.int32, device=self._device)
         quantised = nf4.is_quantised(language_model.layers[0].self_attn.k_proj.weight)
-        self._record = record and self._device.type == "cuda" and not quantised
+        self.records = record and self._device.type == "cuda" and not quantised
         self._flash = flash and has_flash(weight)
-        self._cache: list[torch.Tensor] = []
+        self._vocabulary = len(plain.lm_head.weight)
+        self._head = padded(plain.lm_head)
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the cache and of all that is recorded."""
         self._plans: OrderedDict[tuple[int, int], _Plan] = OrderedDict()
-        self._pool: Any = torch.cuda.graph_pool_handle() if self._record else None
+        self._cache: list[torch.Tensor] = []
+        # Its own: what is recorded into one pool must not be played back by two streams at a time.
+        self._pool: Any = torch.cuda.graph_pool_handle() if self.records else None
         self._plan: _Plan
         self._rows, self._reached = 0, 0
 
-    def room(self, length: int) -> int:
-        """How many rows of a length the GPU's free memory holds; at least 1."""
+    def beside(self) -> "Decoder":
+        """A decoder of the same weights with a cache of its own: both may be at work at once."""
+        other = copy(self)
+        other.release()
+        return other
+
+    def room(self, length: int, other: "Decoder | None" = None) -> int:
+        """How many rows of a length the GPU's free memory holds; at least 1.
+
+        Args:
+            length: Places of each row.
+            other: A decoder whose cache counts as free too.
+        """
         if self._device.type != "cuda":
             return 2**31
         length = -(-length // _STEP) * _STEP
@@ -134,10 +156,11 @@ class Decoder:
         row = length * len(self._layers) * 2 * layer.key_heads * layer.dim * element
         free, _ = torch.cuda.mem_get_info(self._device)
         kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        own = sum(cache.nbytes for cache in self._cache)
+        caches = self._cache + (other._cache if other else [])
+        own = sum(cache.nbytes for cache in caches)
         spare = 2**31  # for the prompts' activations
         rows = max(1, int((free + kept + own - spare) * 0.9) // row)
-        return 1 << (rows.bit_length() - 1) if self._record else rows
+        return 1 << (rows.bit_length() - 1) if self.records else rows
 
     def begin(
         self,
@@ -194,7 +217,7 @@ class Decoder:
 
     def _planned(self, rows: int, length: int) -> _Plan:
         """The plan for so many rows and places, its step recorded, and the cache large enough."""
-        if self._record:
+        if self.records:
             rows = 1 << (rows - 1).bit_length()
             length = -(-length // _STEP) * _STEP
         if not self._cache or self._cache[0].shape[0] < rows * length:
@@ -218,7 +241,7 @@ class Decoder:
                 self._moved(range(rows + 1), torch.int32),
                 self._moved([0] * rows, torch.int32),
             )
-            if self._record:
+            if self.records:
                 self._recorded(plan)
             self._plans[rows, length] = plan
             if len(self._plans) > _RECORDED:
@@ -229,7 +252,8 @@ class Decoder:
     def _recorded(self, plan: _Plan) -> None:
         """Record a step. It is run before, so that its kernels are compiled, chosen and loaded."""
         with torch.cuda.device(self._device):
-            side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            # Few small kernels, which are to come first where another stream computes beside them.
+            side, current = torch.cuda.Stream(priority=-1), torch.cuda.current_stream()
             side.wait_stream(current)
             with torch.cuda.stream(side):
                 for _ in range(2):
@@ -244,7 +268,7 @@ class Decoder:
     def _step(self, plan: _Plan) -> torch.Tensor:
         x = self._plain.get_input_embeddings()(plan.tokens)
         plan.used.copy_(plan.positions + 1)
-        reached = plan.length if self._record else self._reached
+        reached = plan.length if self.records else self._reached
 
         def attended(q: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
             if self._flash:
@@ -263,6 +287,7 @@ class Decoder:
         features: Features,
     ) -> torch.Tensor:
         """Read some of the prompts into the cache; logits of shape (prompt, vocabulary)."""
+        pictures = features(group)  # first, so that the device is at work
         ids = [token for prompt in group for token in prompts[prompt]]
         begins, end = [], 0
         for prompt in group:
@@ -280,7 +305,6 @@ class Decoder:
         image = self._plain.config.image_token_id
         places = [place for place, token in enumerate(ids) if token == image]
         x = self._plain.get_input_embeddings()(self._moved(ids))
-        pictures = features(group)
         if pictures is not None:
             x = x.index_copy(0, self._moved(places), pictures.to(x.dtype))
         segments = Segments.of(positions).to(self._device)
@@ -344,8 +368,8 @@ class Decoder:
             h = layer.ops.swiglu(gate_up, 0.0, self._none, False)[0]
             assert h is not None
             y = layer.down.forward(Rows(h), None, layer.casts[3])[0]
-        logits: torch.Tensor = self._plain.lm_head(self._normed(x, y, *self._norm)[1])
-        return logits
+        n = self._normed(x, y, *self._norm)[1]
+        return functional.linear(n, self._head)[:, : self._vocabulary]
 
     def _normed(
         self, x: torch.Tensor, y: torch.Tensor | None, weight: torch.Tensor, eps: float

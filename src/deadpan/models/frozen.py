@@ -23,6 +23,7 @@ from deadpan.models import nf4
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+_ROWS = 64
 
 
 class Rows(NamedTuple):
@@ -123,6 +124,25 @@ class Frozen:
             return grad.value @ self._dense()
         weight, scale = self._fp8_back
         return _scaled(grad, weight, scale)
+
+
+def padded(layer: nn.Linear) -> torch.Tensor:
+    """A layer's weight with rows of zeros (or whatever lies there) up to a multiple of 64.
+
+    A product whose output is of odd width, as InternLM2's vocabulary of 92,553 is, goes through a slow
+    kernel. The layer's own parameter becomes the first rows of what is given, so a head's 380 MB are not
+    held twice; what the further rows give is to be cut off.
+    """
+    weight = layer.weight.data
+    rows, columns = -(-len(weight) // _ROWS) * _ROWS, weight.shape[1]
+    behind = weight.untyped_storage().nbytes() // weight.element_size() - weight.storage_offset()
+    # So it is where the weight was padded before.
+    if weight.is_contiguous() and behind >= rows * columns:
+        return weight.as_strided((rows, columns), (columns, 1))
+    wide = weight.new_zeros(rows, columns)
+    wide[: len(weight)] = weight
+    layer.weight.data = wide[: len(weight)]
+    return wide
 
 
 def _scaled(x: Rows, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

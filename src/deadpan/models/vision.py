@@ -1,10 +1,12 @@
 """InternViT written out for answering.
 
 What transformers' tower computes, with q, k and v in one product and fewer passes over memory between
-two products: seven tiles are 7,175 rows.
+two products: seven tiles are 7,175 rows. The patches' convolution, whose stride is its kernel, is a
+product as well.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import InternVLForConditionalGeneration
 
+from deadpan.models.attention import kernels_for_few_shapes
 from deadpan.models.frozen import Frozen, Rows
 from deadpan.models.fused import elementwise_for
 
@@ -22,6 +25,8 @@ def unsupported(model: InternVLForConditionalGeneration) -> str | None:
     config = tower.config
     if config.norm_type != "layer_norm" or config.use_qk_norm or config.hidden_act != "gelu":
         return "it is written for InternViT-300M's layers"
+    if tower.embeddings.position_embeddings is None:
+        return "it wants positions"
     if any(isinstance(m, nn.Linear) and type(m) is not nn.Linear for m in tower.modules()):
         return "it knows no adapters"
     return None
@@ -49,21 +54,62 @@ class _Layer:
         self.scales = [layer.lambda_1.data, layer.lambda_2.data]
 
 
+class _Patches:
+    """The patches' embedding as one product.
+
+    Args:
+        embeddings: transformers' module.
+    """
+
+    def __init__(self, embeddings: Any) -> None:
+        projection = embeddings.patch_embeddings.projection
+        weight = projection.weight.data.flatten(1)  # (hidden, channel * row * column)
+        # 3 x 14 x 14 numbers are 1,176 bytes, which the fast kernels cannot step by.
+        self._columns = weight.shape[1]
+        self._weight = functional.pad(weight, (0, -self._columns % 16))
+        self._bias = projection.bias.data
+        self._edge: int = projection.kernel_size[0]
+        self._embeddings = embeddings
+
+    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Pixels (tile, 3, tile_size, tile_size) to the class token and patches (tile, token, hidden)."""
+        edge, size = self._edge, pixel_values.shape[2:]
+        cut = pixel_values.to(self._weight.dtype).unflatten(3, (-1, edge)).unflatten(2, (-1, edge))
+        cut = cut.permute(0, 2, 4, 1, 3, 5)  # (tile, row of patches, patch, channel, row, column)
+        flat = cut.new_zeros(*cut.shape[:3], self._weight.shape[1])
+        flat[..., : self._columns].unflatten(3, cut.shape[3:]).copy_(cut)
+        product = torch.addmm(self._bias, flat.flatten(0, 2), self._weight.T)
+        patches = product.view(len(cut), -1, len(self._bias))
+        x = functional.pad(patches, (0, 0, 1, 0))
+        positions = self._embeddings.interpolate_pos_encoding(x, *size).detach()
+        x[:, 1:] += positions[:, 1:]
+        x[:, :1] = self._embeddings.cls_token.detach() + positions[:, :1]
+        return x
+
+
 class VisionTower:
     """The vision tower of a model.
 
     Args:
         model: InternVL.
+
+    Attributes:
+        cudnn: Use cuDNN's attention, for numbers of tiles that come again and again.
     """
 
     def __init__(self, model: InternVLForConditionalGeneration) -> None:
         self._tower = model.model.vision_tower
+        self._patches = _Patches(self._tower.embeddings)
+        self.cudnn = False
         self._ops = elementwise_for(model.lm_head.weight.device)
         self._layers = [_Layer(layer, model.dtype) for layer in self._tower.encoder.layer]
 
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels of shape (tile, 3, tile_size, tile_size) to hidden states (tile, token, channel)."""
-        x = self._tower.embeddings(pixel_values)
+        with kernels_for_few_shapes() if self.cudnn else nullcontext():
+            return self._seen(self._patches(pixel_values))
+
+    def _seen(self, x: torch.Tensor) -> torch.Tensor:
         shape = x.shape
         x = x.flatten(0, 1)
         weight, bias, eps = self._layers[0].norms[0]
