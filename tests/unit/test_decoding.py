@@ -17,6 +17,7 @@ from deadpan.engines.builtin import BuiltinEngine
 from deadpan.engines.features import PictureFeatures
 from deadpan.models import decoding, lora
 from deadpan.models.decoding import Decoder
+from deadpan.models.vision import VisionTower
 from deadpan.processing import tiles
 from make_tiny_model import make_official
 
@@ -189,11 +190,10 @@ def test_a_seed_draws_the_same_in_batches_of_any_size(
 
 
 @pytest.fixture
-def seen(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+def seen(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """How many tiles the vision tower has seen."""
-    embeddings = loaded.model.model.vision_tower.embeddings
-    calls = counted(monkeypatch, embeddings, "forward")
-    return lambda: sum(len(pixels) for (pixels,) in calls)
+    calls = counted(monkeypatch, VisionTower, "__call__")
+    return lambda: sum(len(pixels) for _, pixels in calls)
 
 
 def test_a_picture_is_seen_once(

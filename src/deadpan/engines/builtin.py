@@ -3,11 +3,18 @@
 A batch is read by `deadpan.models.decoding`, and then each step gives every answer one token. The tokens
 stay on the device: they are copied to the host beside the computing, and on a GPU the host looks for the
 end one step behind. So the device never waits for it, at the price of one step in vain.
+
+Reading is arithmetic, and a step is memory and waiting: on a GPU a batch's steps run on a stream of their
+own while the next batch is seen and read. One thread gives both to the device.
+
+    the current stream    read 1   read 2           read 3
+    the steps' stream              steps of 1       steps of 2 ...
 """
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +30,10 @@ from deadpan.models.drawing import drawn, likeliest
 
 _BATCH_SIZE = {"cuda": 32, "cpu": 8}
 """Requests answered at once; a 7-tile picture takes about 0.2 GiB in bfloat16 with the 2B model."""
+
+
+_AHEAD = 4
+"""Steps that a GPU is given at once while the host is busy with the next batch; as many may be in vain."""
 
 
 def batch_size_for(device: torch.device) -> int:
@@ -54,10 +65,16 @@ class BuiltinEngine:
             device.
         kept_bytes: The most bytes of pictures' features kept for further jokes; 0 for a model whose weights
             change.
+        overlap: Read a batch while the one before is answered, which takes another cache's memory, and is
+            not done where there is none; None where it saves time.
     """
 
     def __init__(
-        self, loaded: Loaded, batch_size: int | None = None, kept_bytes: int = KEPT_BYTES
+        self,
+        loaded: Loaded,
+        batch_size: int | None = None,
+        kept_bytes: int = KEPT_BYTES,
+        overlap: bool | None = None,
     ) -> None:
         self._model = loaded.model.eval()
         self._processor = loaded.processor
@@ -65,6 +82,12 @@ class BuiltinEngine:
         self.batch_size = batch_size or batch_size_for(self._device)
         self._modules = ModuleDecoder(self._model)
         self._decoder = Decoder(self._model) if unsupported(self._model) is None else None
+        self._beside = self._decoder.beside() if self._decoder else None
+        self._overlap = bool(self._decoder and self._decoder.records) if overlap is None else overlap
+        # First come the few blocks of a step, and the others have what is left.
+        self._side = (
+            torch.cuda.Stream(self._device, priority=-1) if self._device.type == "cuda" else None
+        )
         self._features = PictureFeatures(self._model, loaded.processor.tile_policy, kept_bytes)
 
     def prepare(self, request: Request) -> Request:
@@ -75,24 +98,30 @@ class BuiltinEngine:
         """Answer requests, in their order; those for the same conversation share its reading."""
         prompts = self._prompts(requests)
         uniform = _uniform(len(requests), settings)
-        batches = self._batches(prompts, settings)
+        batches, decoders = self._batches(prompts, settings)
+        stream = self._side if len(decoders) > 1 else None
+        begun: deque[_Answers] = deque()
         jokes: list[Joke] = []
-        for number, batch in enumerate(batches):
-            following = batches[number + 1] if number + 1 < len(batches) else []
-            for prompt in [*batch, *following]:
-                self._cut(prompt)  # the next batch's pictures while this one is computed
-            answers: list[list[int]] = [[] for _ in batch]
-            numbers = uniform[len(jokes) : len(jokes) + len(batch)]
-            for tokens in self._tokens(batch, settings, numbers):
-                for answer, token in zip(answers, tokens, strict=True):
-                    answer.append(token)
-            jokes += [
-                self._joke(answer, len(prompt.ids))
-                for answer, prompt in zip(answers, batch, strict=True)
-            ]
-            for prompt in batch:
-                if prompt not in following:
-                    prompt.cuts = None
+        start = 0
+        try:
+            for number, batch in enumerate(batches):
+                following = batches[number + 1] if number + 1 < len(batches) else []
+                for prompt in [*batch, *following]:
+                    self._cut(prompt)  # the next batch's pictures while this one is computed
+                before = begun[-1] if begun else None
+                decoder = decoders[number % len(decoders)]
+                numbers = uniform[start : start + len(batch)]
+                begun.append(self._begun(batch, decoder, settings, numbers, before, stream))
+                start += len(batch)
+                for prompt in batch:
+                    if prompt not in following:
+                        prompt.cuts = None
+                if len(begun) == len(decoders) or not following:
+                    jokes += self._jokes(begun.popleft())
+            while begun:
+                jokes += self._jokes(begun.popleft())
+        finally:
+            self._settle()
         return jokes
 
     def _prompts(self, requests: Sequence[Request]) -> list[_Prompt]:
@@ -112,38 +141,55 @@ class BuiltinEngine:
 
     def _batches(
         self, prompts: Sequence[_Prompt], settings: GenerationSettings
-    ) -> list[list[_Prompt]]:
+    ) -> tuple[list[list[_Prompt]], Sequence[Decoder | ModuleDecoder]]:
+        """The prompts in batches, and the decoders that take turns with them."""
         longest = max((len(prompt.ids) for prompt in prompts), default=0) + settings.max_new_tokens
         size = self.batch_size
-        if self._decoder is not None:
-            size = min(size, self._decoder.room(longest))
-        return [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
+        decoders: list[Decoder | ModuleDecoder] = [self._modules]
+        if self._decoder is not None and self._beside is not None:
+            decoders = [self._decoder]
+            several = self._overlap and len(prompts) > size and longest <= self._decoder.longest
+            if several and self._decoder.room(longest, self._beside) >= 2 * size:
+                decoders.append(self._beside)
+            elif self._decoder.room(longest) < min(size, len(prompts)):
+                self._beside.release()
+                size = min(size, self._decoder.room(longest))
+        return [list(prompts[i : i + size]) for i in range(0, len(prompts), size)], decoders
 
     def _cut(self, prompt: _Prompt) -> None:
         if prompt.cuts is None:
             prompt.cuts = self._features.cut(prompt.request.images)
 
-    # Not only `with`: a generator would leave the mode on for whoever reads it.
     @torch.inference_mode()
-    def _tokens(
-        self, batch: Sequence[_Prompt], settings: GenerationSettings, uniform: torch.Tensor
-    ) -> Iterator[list[int]]:
-        """The answers' tokens, step by step, until all have ended.
+    def _begun(
+        self,
+        batch: Sequence[_Prompt],
+        decoder: Decoder | ModuleDecoder,
+        settings: GenerationSettings,
+        uniform: torch.Tensor,
+        before: "_Answers | None" = None,
+        stream: torch.cuda.Stream | None = None,
+    ) -> "_Answers":
+        """Read a batch.
 
         Args:
             batch: What each answer continues.
+            decoder: What reads it; it is at work for no other.
             settings: How tokens are drawn.
             uniform: Random numbers for drawing, of shape (answer, step).
+            before: Answers that are to grow meanwhile.
+            stream: Where the steps are to run; None for the current stream.
         """
         prompts = list(dict.fromkeys(batch))
         longest = max(len(prompt.ids) for prompt in prompts) + settings.max_new_tokens
-        decoder: Decoder | ModuleDecoder = self._modules
-        if self._decoder is not None and longest <= self._decoder.longest:
-            decoder = self._decoder
+        if isinstance(decoder, Decoder) and longest > decoder.longest:
+            decoder = self._modules
 
         def features(wanted: Sequence[int]) -> torch.Tensor | None:
-            cuts = [cut.result() for i in wanted for cut in prompts[i].cuts or []]
-            return self._features.of(cuts) if cuts else None
+            if before is not None:
+                before.go_on()
+            cuts = [cut for i in wanted for cut in prompts[i].cuts or []]
+            return self._features.of(cut.result() for cut in cuts) if cuts else None
 
         number = {prompt: i for i, prompt in enumerate(prompts)}
         rows = [number[prompt] for prompt in batch]
@@ -155,21 +201,36 @@ class BuiltinEngine:
             return drawn(logits, settings.temperature, settings.top_p, uniform[:, step])
 
         ids = [prompt.ids for prompt in prompts]
-        tokens = chosen(decoder.begin(ids, rows, features, settings.max_new_tokens), 0)
-        behind = 1 if self._device.type == "cuda" else 0
-        coming: deque[_Coming] = deque()
-        going = set(range(len(batch)))
-        for step in range(settings.max_new_tokens):
-            if step:
-                tokens = chosen(decoder.step(tokens), step)
-            coming.append(_Coming(tokens))
-            if len(coming) > behind:
-                arrived = coming.popleft().ids()
-                yield arrived
-                going -= {row for row in going if arrived[row] == self._processor.stop_id}
-                if not going:
-                    return
-        yield from (each.ids() for each in coming)
+        first = chosen(decoder.begin(ids, rows, features, settings.max_new_tokens), 0)
+        return _Answers(
+            batch,
+            first,
+            lambda tokens, step: chosen(decoder.step(tokens), step),
+            settings.max_new_tokens,
+            self._processor.stop_id,
+            stream,
+        )
+
+    def _tokens(
+        self, batch: Sequence[_Prompt], settings: GenerationSettings, uniform: torch.Tensor
+    ) -> Iterator[list[int]]:
+        """The answers' tokens, step by step, until all have ended; arguments as `_begun`."""
+        yield from self._begun(batch, self._decoder or self._modules, settings, uniform).rest()
+
+    def _jokes(self, answers: "_Answers") -> list[Joke]:
+        for _ in answers.rest():
+            pass
+        # What is read next may take the place of what a step in vain reads still.
+        self._settle()
+        return [
+            self._joke(ids, len(prompt.ids))
+            for ids, prompt in zip(answers.ids, answers.batch, strict=True)
+        ]
+
+    def _settle(self) -> None:
+        """Let what comes on the current stream wait for the steps."""
+        if self._side is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._side)
 
     def _joke(self, ids: list[int], prompt_tokens: int) -> Joke:
         stop = self._processor.stop_id
@@ -254,7 +315,7 @@ class BuiltinEngine:
     def close(self) -> None:
         """Release the model's memory."""
         self._features.close()
-        del self._model, self._modules, self._decoder, self._features
+        del self._model, self._modules, self._decoder, self._beside, self._features
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -276,21 +337,101 @@ def _uniform(rows: int, settings: GenerationSettings) -> torch.Tensor:
     return torch.stack(numbers)
 
 
+class _Answers:
+    """A batch's answers while they grow.
+
+    Args:
+        batch: What each continues.
+        first: Their first tokens.
+        following: From their newest tokens and the number of a step, the next tokens.
+        most: The most tokens of an answer.
+        stop_id: The token that ends an answer.
+        stream: Where steps run; None for the current stream.
+
+    Attributes:
+        batch: What each continues.
+        ids: Their tokens so far.
+    """
+
+    def __init__(
+        self,
+        batch: Sequence[_Prompt],
+        first: torch.Tensor,
+        following: Callable[[torch.Tensor, int], torch.Tensor],
+        most: int,
+        stop_id: int,
+        stream: torch.cuda.Stream | None,
+    ) -> None:
+        self.batch = batch
+        self.ids: list[list[int]] = [[] for _ in batch]
+        # Held to the end, as another stream reads them.
+        self._first = self._newest = first
+        self._following, self._most, self._stop_id = following, most, stop_id
+        self._stream = stream
+        # Not waited for at once: steps of the batch before may still have to go first.
+        self._read = None if stream is None else _recorded(first.device)
+        self._behind = 1 if first.is_cuda else 0
+        self._begun = 1
+        self._coming = deque([_Coming(first)])
+        self._going = set(range(len(batch)))
+
+    @torch.inference_mode()
+    def _give(self, ahead: int) -> None:
+        """Give the device steps until so many have not arrived."""
+        while self._going and self._begun < self._most and len(self._coming) < ahead:
+            if self._stream is not None and self._begun == 1:
+                self._stream.wait_event(self._read)
+            with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+                self._newest = self._following(self._newest, self._begun)
+                self._coming.append(_Coming(self._newest))
+            self._begun += 1
+
+    def _arrived(self) -> list[int]:
+        tokens = self._coming.popleft().ids()
+        for answer, token in zip(self.ids, tokens, strict=True):
+            answer.append(token)
+        self._going -= {row for row in self._going if tokens[row] == self._stop_id}
+        return tokens
+
+    def go_on(self) -> None:
+        """Grow, without waiting for the device."""
+        while self._going and self._coming and self._coming[0].is_here():
+            self._arrived()
+        self._give(_AHEAD)
+
+    def rest(self) -> Iterator[list[int]]:
+        """Grow to the end; gives the tokens of each step."""
+        while self._going:
+            self._give(1 + self._behind)
+            if not self._coming:
+                return
+            yield self._arrived()
+
+
+def _recorded(device: torch.device) -> torch.cuda.Event:
+    """An event that comes when what is on the current stream is done."""
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
 class _Coming:
     """Tokens on their way to the host."""
 
     def __init__(self, tokens: torch.Tensor) -> None:
-        self._arrived: torch.cuda.Event | None = None
+        self._event: torch.cuda.Event | None = None
         self._tokens = tokens
         if tokens.is_cuda:
             self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
             self._tokens.copy_(tokens, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record(torch.cuda.current_stream(tokens.device))
+            self._event = _recorded(tokens.device)
+
+    def is_here(self) -> bool:
+        return self._event is None or self._event.query()
 
     def ids(self) -> list[int]:
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        if self._event is not None:
+            self._event.synchronize()
         found: list[int] = self._tokens.tolist()
         return found
 

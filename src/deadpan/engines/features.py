@@ -10,7 +10,7 @@ import hashlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -29,6 +29,10 @@ from deadpan.processing.tiles import normalise
 
 KEPT_BYTES = 2**28
 """Features kept by an engine; those of a picture of 7 tiles take 7 MiB in a 2B model."""
+
+TILES = 16
+"""Tiles that the vision tower sees at once. Their 16,400 rows make products of the 2B model's tower that keep an
+H100 busy to the end, and each smaller number is recorded once."""
 
 Key = tuple[bytes, tuple[int, int], int]
 
@@ -62,8 +66,7 @@ class PictureFeatures:
         self._device = self._plain.lm_head.weight.device
         written_out = decoding.unsupported(model) is None and unsupported(self._plain) is None
         self._tower = VisionTower(self._plain) if written_out else None
-        # For one picture; several keep a GPU busy.
-        self._seen = Recorded(self._see, policy.max_tiles + 1 if self._tower else 0)
+        self._seen = Recorded(self._see, TILES if self._tower else 0)
         self._device_cuts = has_triton(self._device) and resampling.is_pillows()
         self._policy, self._kept_bytes = policy, kept_bytes
         self._kept: OrderedDict[Key, torch.Tensor] = OrderedDict()
@@ -90,43 +93,55 @@ class PictureFeatures:
         # Pinned, so that the copy to a GPU waits for nothing.
         return Cut(key, pixels.pin_memory() if self._device.type == "cuda" else pixels, None)
 
-    def of(self, cuts: Sequence[Cut]) -> torch.Tensor:
-        """What the language model reads of pictures, of shape (image token, hidden), in their order."""
-        known = {cut.key: cut.features for cut in cuts if cut.features is not None}
-        with self._lock:
-            # What another batch has seen since these were cut.
-            known |= {cut.key: self._kept[cut.key] for cut in cuts if cut.key in self._kept}
-        new = {
-            cut.key: cut.pixels for cut in cuts if cut.key not in known and cut.pixels is not None
-        }
-        if new:
-            counts = [self._count(key) for key in new]
-            seen = self._seen(self._pixel_values(new, counts))  # (tile, image token, hidden)
-            for key, part in zip(new, seen.split(counts), strict=True):
-                known[key] = part.flatten(0, 1)
+    def of(self, cuts: Iterable[Cut]) -> torch.Tensor:
+        """What the language model reads of pictures, of shape (image token, hidden), in their order.
+
+        The device begins with the first ones while the last are waited for.
+        """
+        known: dict[Key, torch.Tensor] = {}
+        counts: dict[Key, int] = {}
+        keys: list[Key] = []
+        waiting: list[torch.Tensor] = []
+        seen: list[torch.Tensor] = []
+        for cut in cuts:
+            keys.append(cut.key)
+            if cut.key in known or cut.key in counts:
+                continue
+            with self._lock:
+                # What another batch has seen since it was cut.
+                features = self._kept.get(cut.key, cut.features)
+            if features is not None:
+                known[cut.key] = features
+                continue
+            assert cut.pixels is not None
+            counts[cut.key] = self._policy.count(*cut.key[1:])
+            waiting.append(self.pixel_values(cut))
+            while sum(map(len, waiting)) >= TILES:
+                values = torch.cat(waiting)
+                waiting = [values[TILES:]]
+                # Copied, as the next ones are written over it.
+                seen.append(self._seen(values[:TILES]).clone())
+        if sum(map(len, waiting)):
+            seen.append(self._seen(torch.cat(waiting)))
+        if seen:
+            parts = torch.cat(seen).split(list(counts.values()))  # each (tile, image token, hidden)
+            known |= {key: part.flatten(0, 1) for key, part in zip(counts, parts, strict=True)}
         self._keep(known)
-        return torch.cat([known[cut.key] for cut in cuts])
+        return torch.cat([known[key] for key in keys])
 
-    def _count(self, key: Key) -> int:
-        """A picture's tiles."""
-        return self._policy.count(*key[1:])
-
-    def _pixel_values(
-        self, pictures: dict[Key, torch.Tensor], counts: Sequence[int]
-    ) -> torch.Tensor:
-        """What the vision tower reads of pictures that have so many tiles each."""
-        moved = [pixels.to(self._device, non_blocking=True) for pixels in pictures.values()]
+    def pixel_values(self, cut: Cut) -> torch.Tensor:
+        """What the vision tower reads of a picture that it is to see."""
+        assert cut.pixels is not None
+        moved = cut.pixels.to(self._device, non_blocking=True)
         if not self._device_cuts:
-            return normalise(torch.cat(moved), self._plain.dtype)
+            return normalise(moved, self._plain.dtype)
         from deadpan.processing import gpu_tiles
 
+        _, size, beside = cut.key
         edge = self._policy.tile_size
-        shape = (sum(counts), 3, edge, edge)
+        shape = (self._policy.count(size, beside), 3, edge, edge)
         values = torch.empty(shape, dtype=self._plain.dtype, device=self._device)
-        for (_, size, beside), pixels, out in zip(
-            pictures, moved, values.split(list(counts)), strict=True
-        ):
-            gpu_tiles.put_pixel_values(pixels, self._policy.grid(size, beside), out)
+        gpu_tiles.put_pixel_values(moved, self._policy.grid(size, beside), values)
         return values
 
     def _see(self, values: torch.Tensor) -> torch.Tensor:
