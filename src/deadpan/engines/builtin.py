@@ -12,16 +12,16 @@ own while the next batch is seen and read. One thread gives both to the device.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedTokenizerFast, TextStreamer
 
 from deadpan.checkpoints.load import Loaded
-from deadpan.engines.base import GenerationSettings, Joke, Request
+from deadpan.engines.base import Asked, GenerationSettings, Joke, Request
 from deadpan.engines.features import KEPT_BYTES, Cut, PictureFeatures
 from deadpan.models.answer_loss import plain_model
 from deadpan.models.attention import kernels
@@ -56,6 +56,27 @@ class _Prompt:
     cuts: list[Future[Cut]] | None = None
 
 
+@dataclass(eq=False)
+class _Batch:
+    """What is answered at once.
+
+    Attributes:
+        prompts: What each answer continues.
+        settings: How tokens are drawn.
+        uniform: Random numbers for drawing, of shape (answer, step).
+        longest: The most tokens of a prompt and its answer, in the whole call.
+        twice: Whether another such batch has room beside it.
+        ends: Whether it is the last of a call.
+    """
+
+    prompts: Sequence[_Prompt]
+    settings: GenerationSettings
+    uniform: torch.Tensor
+    longest: int = 0
+    twice: bool = False
+    ends: bool = True
+
+
 class BuiltinEngine:
     """Answers with the model in this process.
 
@@ -83,7 +104,9 @@ class BuiltinEngine:
         self._modules = ModuleDecoder(self._model)
         self._decoder = Decoder(self._model) if unsupported(self._model) is None else None
         self._beside = self._decoder.beside() if self._decoder else None
-        self._overlap = bool(self._decoder and self._decoder.records) if overlap is None else overlap
+        self._overlap = (
+            bool(self._decoder and self._decoder.records) if overlap is None else overlap
+        )
         # First come the few blocks of a step, and the others have what is left.
         self._side = (
             torch.cuda.Stream(self._device, priority=-1) if self._device.type == "cuda" else None
@@ -96,33 +119,79 @@ class BuiltinEngine:
 
     def generate(self, requests: Sequence[Request], settings: GenerationSettings) -> list[Joke]:
         """Answer requests, in their order; those for the same conversation share its reading."""
-        prompts = self._prompts(requests)
-        uniform = _uniform(len(requests), settings)
-        batches, decoders = self._batches(prompts, settings)
-        stream = self._side if len(decoders) > 1 else None
-        begun: deque[_Answers] = deque()
-        jokes: list[Joke] = []
-        start = 0
-        try:
-            for number, batch in enumerate(batches):
-                following = batches[number + 1] if number + 1 < len(batches) else []
-                for prompt in [*batch, *following]:
-                    self._cut(prompt)  # the next batch's pictures while this one is computed
-                before = begun[-1] if begun else None
-                decoder = decoders[number % len(decoders)]
-                numbers = uniform[start : start + len(batch)]
-                begun.append(self._begun(batch, decoder, settings, numbers, before, stream))
-                start += len(batch)
-                for prompt in batch:
-                    if prompt not in following:
-                        prompt.cuts = None
-                if len(begun) == len(decoders) or not following:
-                    jokes += self._jokes(begun.popleft())
-            while begun:
-                jokes += self._jokes(begun.popleft())
-        finally:
-            self._settle()
+        (jokes,) = self.generate_each([(requests, settings)])
         return jokes
+
+    def generate_each(self, asked: Iterable[Asked]) -> Iterator[list[Joke]]:
+        """What `generate` gives for each of several calls, a call being read while the one before is answered."""
+        jokes: list[Joke] = []
+        with closing(self._told(self._batches(asked))) as told:
+            for batch, of_batch in told:
+                jokes += of_batch
+                if batch.ends:
+                    yield jokes
+                    jokes = []
+
+    def _batches(self, asked: Iterable[Asked]) -> Iterator[_Batch]:
+        for requests, settings in asked:
+            if not requests:
+                yield _Batch([], settings, torch.empty(0, 0))
+                continue
+            prompts = self._prompts(requests)
+            uniform = _uniform(len(prompts), settings)
+            longest = max(len(prompt.ids) for prompt in prompts) + settings.max_new_tokens
+            size = min(self.batch_size, len(prompts))
+            twice = False
+            if self._decoder is not None and self._beside is not None:
+                room = self._decoder.room(longest, self._beside)
+                twice = self._overlap and longest <= self._decoder.longest
+                twice = twice and room >= 2 * size and self._beside.room(longest) >= size
+                size = min(size, room)
+            for start in range(0, len(prompts), size):
+                end = start + size
+                part = prompts[start:end], settings, uniform[start:end]
+                yield _Batch(*part, longest, twice, end >= len(prompts))
+
+    def _told(self, batches: Iterator[_Batch]) -> Generator[tuple[_Batch, list[Joke]], None, None]:
+        """Batches with their jokes, in order."""
+        before: _Answers | None = None
+        first: Decoder | ModuleDecoder = self._decoder or self._modules
+        decoder = first
+        batch = next(batches, None)
+        try:
+            while batch is not None:
+                following = next(batches, None)
+                coming = following.prompts if following else []
+                for prompt in [*batch.prompts, *coming]:
+                    self._cut(prompt)  # the next batch's pictures while this one is computed
+                if before is not None and not batch.twice:
+                    yield before.batch, self._jokes(before)
+                    before = None
+                if not batch.prompts:
+                    yield batch, []
+                    batch = following
+                    continue
+                together = batch.twice and (before is not None or following is not None)
+                other = self._beside if before is not None and decoder is first else None
+                decoder = other or first
+                if not batch.twice:
+                    self._make_room(batch)
+                answers = self._begun(batch, decoder, before, self._side if together else None)
+                for prompt in batch.prompts:
+                    if prompt not in coming:
+                        prompt.cuts = None
+                if before is not None:
+                    yield before.batch, self._jokes(before)
+                before = answers
+                if not together:
+                    yield batch, self._jokes(answers)
+                    before = None
+                batch = following
+            if before is not None:
+                yield before.batch, self._jokes(before)
+        finally:
+            # What comes next may take the place of what a step in vain reads still.
+            self._settle()
 
     def _prompts(self, requests: Sequence[Request]) -> list[_Prompt]:
         """What each request continues; equal conversations about the same pictures are one."""
@@ -139,23 +208,6 @@ class BuiltinEngine:
             prompts.append(known[key])
         return prompts
 
-    def _batches(
-        self, prompts: Sequence[_Prompt], settings: GenerationSettings
-    ) -> tuple[list[list[_Prompt]], Sequence[Decoder | ModuleDecoder]]:
-        """The prompts in batches, and the decoders that take turns with them."""
-        longest = max((len(prompt.ids) for prompt in prompts), default=0) + settings.max_new_tokens
-        size = self.batch_size
-        decoders: list[Decoder | ModuleDecoder] = [self._modules]
-        if self._decoder is not None and self._beside is not None:
-            decoders = [self._decoder]
-            several = self._overlap and len(prompts) > size and longest <= self._decoder.longest
-            if several and self._decoder.room(longest, self._beside) >= 2 * size:
-                decoders.append(self._beside)
-            elif self._decoder.room(longest) < min(size, len(prompts)):
-                self._beside.release()
-                size = min(size, self._decoder.room(longest))
-        return [list(prompts[i : i + size]) for i in range(0, len(prompts), size)], decoders
-
     def _cut(self, prompt: _Prompt) -> None:
         if prompt.cuts is None:
             prompt.cuts = self._features.cut(prompt.request.images)
@@ -163,24 +215,21 @@ class BuiltinEngine:
     @torch.inference_mode()
     def _begun(
         self,
-        batch: Sequence[_Prompt],
+        batch: _Batch,
         decoder: Decoder | ModuleDecoder,
-        settings: GenerationSettings,
-        uniform: torch.Tensor,
         before: "_Answers | None" = None,
         stream: torch.cuda.Stream | None = None,
     ) -> "_Answers":
         """Read a batch.
 
         Args:
-            batch: What each answer continues.
+            batch: What is asked.
             decoder: What reads it; it is at work for no other.
-            settings: How tokens are drawn.
-            uniform: Random numbers for drawing, of shape (answer, step).
             before: Answers that are to grow meanwhile.
             stream: Where the steps are to run; None for the current stream.
         """
-        prompts = list(dict.fromkeys(batch))
+        settings = batch.settings
+        prompts = list(dict.fromkeys(batch.prompts))
         longest = max(len(prompt.ids) for prompt in prompts) + settings.max_new_tokens
         if isinstance(decoder, Decoder) and longest > decoder.longest:
             decoder = self._modules
@@ -192,8 +241,8 @@ class BuiltinEngine:
             return self._features.of(cut.result() for cut in cuts) if cuts else None
 
         number = {prompt: i for i, prompt in enumerate(prompts)}
-        rows = [number[prompt] for prompt in batch]
-        uniform = uniform.to(self._device, non_blocking=True)
+        rows = [number[prompt] for prompt in batch.prompts]
+        uniform = batch.uniform.to(self._device, non_blocking=True)
 
         def chosen(logits: torch.Tensor, step: int) -> torch.Tensor:
             if settings.temperature == 0:
@@ -206,26 +255,31 @@ class BuiltinEngine:
             batch,
             first,
             lambda tokens, step: chosen(decoder.step(tokens), step),
-            settings.max_new_tokens,
             self._processor.stop_id,
             stream,
         )
 
     def _tokens(
-        self, batch: Sequence[_Prompt], settings: GenerationSettings, uniform: torch.Tensor
+        self, prompts: Sequence[_Prompt], settings: GenerationSettings, uniform: torch.Tensor
     ) -> Iterator[list[int]]:
-        """The answers' tokens, step by step, until all have ended; arguments as `_begun`."""
-        yield from self._begun(batch, self._decoder or self._modules, settings, uniform).rest()
+        """The tokens of a batch's answers, step by step, until all have ended."""
+        batch = _Batch(prompts, settings, uniform)
+        yield from self._begun(batch, self._decoder or self._modules).rest()
 
     def _jokes(self, answers: "_Answers") -> list[Joke]:
         for _ in answers.rest():
             pass
-        # What is read next may take the place of what a step in vain reads still.
         self._settle()
         return [
             self._joke(ids, len(prompt.ids))
-            for ids, prompt in zip(answers.ids, answers.batch, strict=True)
+            for ids, prompt in zip(answers.ids, answers.batch.prompts, strict=True)
         ]
+
+    def _make_room(self, batch: _Batch) -> None:
+        """Let go of the second cache if a batch by itself wants its memory."""
+        wanted = len(batch.prompts)
+        if self._decoder and self._beside and self._decoder.room(batch.longest) < wanted:
+            self._beside.release()
 
     def _settle(self) -> None:
         """Let what comes on the current stream wait for the steps."""
@@ -341,45 +395,44 @@ class _Answers:
     """A batch's answers while they grow.
 
     Args:
-        batch: What each continues.
+        batch: What is asked.
         first: Their first tokens.
         following: From their newest tokens and the number of a step, the next tokens.
-        most: The most tokens of an answer.
         stop_id: The token that ends an answer.
         stream: Where steps run; None for the current stream.
 
     Attributes:
-        batch: What each continues.
-        ids: Their tokens so far.
+        batch: What is asked.
+        ids: The answers' tokens so far.
     """
 
     def __init__(
         self,
-        batch: Sequence[_Prompt],
+        batch: _Batch,
         first: torch.Tensor,
         following: Callable[[torch.Tensor, int], torch.Tensor],
-        most: int,
         stop_id: int,
         stream: torch.cuda.Stream | None,
     ) -> None:
         self.batch = batch
-        self.ids: list[list[int]] = [[] for _ in batch]
+        self.ids: list[list[int]] = [[] for _ in batch.prompts]
         # Held to the end, as another stream reads them.
         self._first = self._newest = first
-        self._following, self._most, self._stop_id = following, most, stop_id
+        self._following, self._stop_id = following, stop_id
         self._stream = stream
         # Not waited for at once: steps of the batch before may still have to go first.
         self._read = None if stream is None else _recorded(first.device)
         self._behind = 1 if first.is_cuda else 0
         self._begun = 1
         self._coming = deque([_Coming(first)])
-        self._going = set(range(len(batch)))
+        self._going = set(range(len(batch.prompts)))
 
     @torch.inference_mode()
     def _give(self, ahead: int) -> None:
         """Give the device steps until so many have not arrived."""
-        while self._going and self._begun < self._most and len(self._coming) < ahead:
-            if self._stream is not None and self._begun == 1:
+        most = self.batch.settings.max_new_tokens
+        while self._going and self._begun < most and len(self._coming) < ahead:
+            if self._stream is not None and self._read is not None and self._begun == 1:
                 self._stream.wait_event(self._read)
             with torch.cuda.stream(self._stream) if self._stream else nullcontext():
                 self._newest = self._following(self._newest, self._begun)

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from deadpan.engines.base import GenerationSettings, Joke, Request
+from deadpan.engines.base import Engine, GenerationSettings, Joke, Request
 from deadpan.errors import DeadpanError
 from deadpan.processing.processor import Processor
 from deadpan.processing.template import IMAGE_TOKEN
@@ -93,7 +93,7 @@ def imported(module: str) -> Any:
         ) from None
 
 
-class ConcurrentEngine(ABC):
+class ConcurrentEngine(Engine, ABC):
     """An engine that may be asked from any number of threads.
 
     Args:
