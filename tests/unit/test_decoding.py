@@ -12,6 +12,7 @@ from PIL import Image
 
 from deadpan.checkpoints.load import Loaded, load
 from deadpan.data.records import Turn
+from deadpan.engines import features as engine_features
 from deadpan.engines.base import GenerationSettings, Request
 from deadpan.engines.builtin import BuiltinEngine
 from deadpan.engines.features import PictureFeatures
@@ -156,6 +157,23 @@ def test_decoders_over_one_model_share_its_weights(loaded: Loaded) -> None:
     assert torch.equal(stacks[1], torch.cat(parts))
 
 
+def test_the_head_is_padded_and_held_once(tmp_path: Path, requests: list[Request]) -> None:
+    loaded = load(make_official(tmp_path / "model"), device="cpu")
+    head = loaded.model.lm_head
+    before, expected = head.weight.detach().clone(), plain(loaded, requests)
+    assert len(before) % 64
+    first, second = Decoder(loaded.model), Decoder(loaded.model)
+    assert len(first._head) % 64 == 0
+    assert not first._head[len(before) :].any()
+    assert head.weight.data_ptr() == first._head.data_ptr() == second._head.data_ptr()
+    assert torch.equal(head.weight, before)
+    assert head.weight.is_contiguous()
+    assert ours(BuiltinEngine(loaded), requests) == expected
+    logits = first.begin([[1, 2, 3]], [0], lambda _: None, 2)
+    assert logits.shape == (1, len(before))
+    assert first.step(logits.argmax(dim=-1)).shape == (1, len(before))
+
+
 def test_answers_to_one_question_share_its_reading(
     loaded: Loaded, requests: list[Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,6 +285,49 @@ def test_a_device_that_cuts_gets_whole_pictures_and_their_grids(
         with torch.inference_mode():
             found.append(features.of(cuts))
     assert torch.equal(*found)
+
+
+def test_pictures_are_seen_a_few_tiles_at_a_time(
+    loaded: Loaded, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the borders of pictures, in their order, and a picture that comes again only once."""
+    several = [Image.open(pictures[i]).convert("RGB") for i in (0, 3, 2, 3, 1)]
+    features = PictureFeatures(loaded.model, loaded.processor.tile_policy, 0)
+    cuts = [cut.result() for image in several for cut in features.cut([image])]
+    with torch.inference_mode():
+        alone = torch.cat([features.of([cut]) for cut in cuts])
+    monkeypatch.setattr(engine_features, "TILES", 3)
+    sizes = counted(monkeypatch, features, "_seen")
+    waited = iter(cuts)
+    with torch.inference_mode():
+        together = features.of(waited)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
+    assert {len(values) for (values,) in sizes[:-1]} == {3}
+    different = {cut.key: cut.pixels for cut in cuts}.values()
+    assert sum(len(values) for (values,) in sizes) == sum(map(len, different))
+    # The device has begun before the last picture is there.
+    sizes.clear()
+
+    def one_by_one() -> Any:
+        yield from cuts[:-1]
+        assert sizes
+        yield cuts[-1]
+
+    with torch.inference_mode():
+        features.of(one_by_one())
+
+
+@pytest.mark.parametrize("edge", [56, 84])
+def test_the_tower_written_out_is_the_tower(loaded: Loaded, edge: int) -> None:
+    """Also for tiles of another size, whose positions are interpolated."""
+    tower, theirs = VisionTower(loaded.model), loaded.model.model.vision_tower
+    values = torch.randn(3, 3, edge, edge, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        embedded = theirs.embeddings(values)
+        torch.testing.assert_close(tower._patches(values), embedded, rtol=1e-5, atol=5e-5)
+        hidden = theirs(values).last_hidden_state
+        torch.testing.assert_close(tower(values), hidden, rtol=1e-4, atol=1e-4)
+    assert embedded.std() > 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
