@@ -303,8 +303,8 @@ def test_pictures_are_seen_a_few_tiles_at_a_time(
         together = features.of(waited)
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
     assert {len(values) for (values,) in sizes[:-1]} == {3}
-    different = {cut.key: cut.pixels for cut in cuts}.values()
-    assert sum(len(values) for (values,) in sizes) == sum(map(len, different))
+    different = {cut.key: cut.pixels for cut in cuts if cut.pixels is not None}
+    assert sum(len(values) for (values,) in sizes) == sum(map(len, different.values()))
     # The device has begun before the last picture is there.
     sizes.clear()
 
