@@ -100,4 +100,13 @@ def test_the_rotation_and_its_gradient(fp8: bool) -> None:
     back = elementwise.rotate_back(dq, dk, dv, cos, sin, fp8)
     assert_same(kernels.rotate_back(dq, dk, dv, cos, sin, fp8), back)
     turned = elementwise.rotate(qkv, cos, sin, heads, key_heads)
+    caches = [torch.full((2 * ROWS, 2 * key_heads, dim), 7.0, device=DEVICE).to(DTYPE)] * 2
+    caches = [cache.clone() for cache in caches]
+    slots = torch.randperm(2 * ROWS, generator=torch.Generator().manual_seed(0))[:ROWS].to(DEVICE)
+    into = elementwise.rotate(qkv, cos, sin, heads, key_heads, slots, caches[0])
+    assert torch.equal(into, turned)
+    assert torch.equal(caches[0][slots], turned[:, heads:])
+    own = qkv.clone()
     assert_same([kernels.rotate(qkv, cos, sin, heads, key_heads)], [turned])
+    assert_same([kernels.rotate(own, cos, sin, heads, key_heads, slots, caches[1])], [turned])
+    assert_same([caches[1]], [caches[0]])

@@ -356,9 +356,11 @@ class Decoder:
             qkv = layer.qkv.forward(Rows(n), None, layer.casts[0])[0]
             heads, key_heads = layer.heads, layer.key_heads
             qkv = qkv.view(len(n), heads + 2 * key_heads, layer.dim)
-            qkv = layer.ops.rotate(qkv, cos, sin, heads, key_heads)
+            into = (slots, cache) if source is None else ()
+            qkv = layer.ops.rotate(qkv, cos, sin, heads, key_heads, *into)
+            if source is not None:
+                cache.index_copy_(0, slots, qkv[source, heads:])
             q, kv = qkv.split([heads, 2 * key_heads], dim=1)
-            cache.index_copy_(0, slots, kv if source is None else kv[source])
             out = attended(q, cache if last is None else kv).reshape(len(n), -1)
             if last is not None and layer is self._layers[-1]:
                 out, x = out[last], x[last]

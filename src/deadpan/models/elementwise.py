@@ -116,14 +116,26 @@ def add_dropped(x: torch.Tensor, y: torch.Tensor, share: float, seed: torch.Tens
 
 
 def rotate(
-    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, key_heads: int
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    heads: int,
+    key_heads: int,
+    slots: torch.Tensor | None = None,
+    cache: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Rotary embedding of q and k: (token, head + 2 key head, dim), cos and sin (token, dim)."""
+    """Rotary embedding of q and k: (token, head + 2 key head, dim), cos and sin (token, dim).
+
+    With a cache (slot, 2 key head, dim), k and v go into its slots, one a token.
+    """
     rotated = qkv[:, : heads + key_heads]
     one, two = rotated.chunk(2, dim=-1)
     turned = torch.cat([-two, one], dim=-1)
     rotated = rotated * cos[:, None] + turned * sin[:, None]
-    return torch.cat([rotated, qkv[:, heads + key_heads :]], dim=1)
+    qkv = torch.cat([rotated, qkv[:, heads + key_heads :]], dim=1)
+    if slots is not None and cache is not None:
+        cache.index_copy_(0, slots, qkv[:, heads:])
+    return qkv
 
 
 def rotate_back(

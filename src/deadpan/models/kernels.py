@@ -198,12 +198,26 @@ def _add_dropped_kernel(x, y, out, seed, columns, threshold, factor, width: tl.c
 
 
 @triton.jit
-def _rotate_kernel(qkv, cos, sin, stride, pairs, half, width: tl.constexpr):
+def _rotate_kernel(
+    qkv,
+    cos,
+    sin,
+    slots,
+    cache,
+    stride,
+    pairs,
+    half,
+    q_columns,
+    k_columns,
+    keep: tl.constexpr,
+    width: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, width)
     inside = at < pairs
     d = at % half
-    first = qkv + row * stride + (at // half) * 2 * half + d
+    place = (at // half) * 2 * half + d
+    first = qkv + row * stride + place
     angle = row * 2 * half + d
     one = tl.load(first, inside, 0.0).to(tl.float32)
     two = tl.load(first + half, inside, 0.0).to(tl.float32)
@@ -213,6 +227,15 @@ def _rotate_kernel(qkv, cos, sin, stride, pairs, half, width: tl.constexpr):
     turned_two += one * tl.load(sin + angle + half).to(tl.float32)
     tl.store(first, turned_one.to(qkv.dtype.element_ty), inside)
     tl.store(first + half, turned_two.to(qkv.dtype.element_ty), inside)
+    if keep:
+        keys = cache + tl.load(slots + row) * 2 * k_columns
+        of_keys = inside & (place >= q_columns)
+        to = keys + place - q_columns
+        tl.store(to, turned_one.to(cache.dtype.element_ty), of_keys)
+        tl.store(to + half, turned_two.to(cache.dtype.element_ty), of_keys)
+        of_values = at < k_columns
+        value = tl.load(qkv + row * stride + q_columns + k_columns + at, of_values, 0.0)
+        tl.store(keys + k_columns + at, value.to(cache.dtype.element_ty), of_values)
 
 
 @triton.jit
@@ -501,12 +524,31 @@ def add_dropped(x: torch.Tensor, y: torch.Tensor, share: float, seed: torch.Tens
 
 
 def rotate(
-    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, key_heads: int
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    heads: int,
+    key_heads: int,
+    slots: torch.Tensor | None = None,
+    cache: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """In place."""
     tokens, _, dim = qkv.shape
     pairs = (heads + key_heads) * dim // 2
-    _rotate_kernel[(tokens,)](qkv, cos, sin, qkv.stride(0), pairs, dim // 2, **_width(pairs))
+    _rotate_kernel[(tokens,)](
+        qkv,
+        cos,
+        sin,
+        slots,
+        cache,
+        qkv.stride(0),
+        pairs,
+        dim // 2,
+        heads * dim,
+        key_heads * dim,
+        keep=cache is not None,
+        **_width(max(pairs, key_heads * dim)),
+    )
     return qkv
 
 
