@@ -137,8 +137,8 @@ def test_several_calls_at_once_are_each_what_it_is_alone(
         assert list(engine.generate_each(iter(asked))) == alone
         # A reader that has had enough leaves the engine as good as new.
         each = engine.generate_each(asked)
-        assert next(iter(each)) == alone[0]
-        each.close()  # type: ignore[attr-defined]
+        assert next(each) == alone[0]
+        each.close()
         assert engine.generate(*asked[2]) == alone[2]
 
 

@@ -122,7 +122,7 @@ class BuiltinEngine:
         (jokes,) = self.generate_each([(requests, settings)])
         return jokes
 
-    def generate_each(self, asked: Iterable[Asked]) -> Iterator[list[Joke]]:
+    def generate_each(self, asked: Iterable[Asked]) -> Generator[list[Joke], None, None]:
         """What `generate` gives for each of several calls, a call being read while the one before is answered."""
         jokes: list[Joke] = []
         with closing(self._told(self._batches(asked))) as told:
@@ -242,7 +242,10 @@ class BuiltinEngine:
 
         number = {prompt: i for i, prompt in enumerate(prompts)}
         rows = [number[prompt] for prompt in batch.prompts]
-        uniform = batch.uniform.to(self._device, non_blocking=True)
+        uniform = batch.uniform
+        if self._side is not None and uniform.numel():
+            uniform = uniform.pin_memory()  # or the copy waits for the device
+        uniform = uniform.to(self._device, non_blocking=True)
 
         def chosen(logits: torch.Tensor, step: int) -> torch.Tensor:
             if settings.temperature == 0:

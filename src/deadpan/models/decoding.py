@@ -23,7 +23,7 @@ Weights are the model's own, adapters unmerged and NF4 included, read as trainin
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -307,7 +307,8 @@ class Decoder:
         x = self._plain.get_input_embeddings()(self._moved(ids))
         if pictures is not None:
             x = x.index_copy(0, self._moved(places), pictures.to(x.dtype))
-        segments = Segments.of(positions).to(self._device)
+        segments = Segments.of(positions)
+        segments = replace(segments, starts=self._to_device(segments.starts))
         moved = self._to_device(positions)
         tokens = self._to_device(torch.cat(source))
 
