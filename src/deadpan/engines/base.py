@@ -100,13 +100,17 @@ class Engine(Protocol):
     def generate(self, requests: Sequence[Request], settings: GenerationSettings) -> list[Joke]:
         """Answer requests, in their order."""
 
-    def generate_each(self, asked: Iterable[Asked]) -> Iterator[list[Joke]]:
+    def generate_each(self, asked: Iterable[Asked | None]) -> Iterator[list[Joke]]:
         """What `generate` gives for each of several calls; the next may be taken before the last is given.
 
         Until the end, the engine is to be asked nothing else.
+
+        Args:
+            asked: The calls; None for nothing yet: what is begun goes on, and the next is asked for again.
         """
-        for requests, settings in asked:
-            yield self.generate(requests, settings)
+        for call in asked:
+            if call is not None:
+                yield self.generate(*call)
 
     def stream(self, request: Request, settings: GenerationSettings) -> Generator[str, None, Joke]:
         """Answer one request piece by piece; the pieces joined are the text of the joke returned at the end."""

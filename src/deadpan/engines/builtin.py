@@ -64,17 +64,17 @@ class _Batch:
         prompts: What each answer continues.
         settings: How tokens are drawn.
         uniform: Random numbers for drawing, of shape (answer, step).
+        coming: What the next batch of the same call continues.
         longest: The most tokens of a prompt and its answer, in the whole call.
         twice: Whether another such batch has room beside it.
-        ends: Whether it is the last of a call.
     """
 
     prompts: Sequence[_Prompt]
     settings: GenerationSettings
     uniform: torch.Tensor
+    coming: Sequence[_Prompt] = ()
     longest: int = 0
     twice: bool = False
-    ends: bool = True
 
 
 class BuiltinEngine:
@@ -122,18 +122,27 @@ class BuiltinEngine:
         (jokes,) = self.generate_each([(requests, settings)])
         return jokes
 
-    def generate_each(self, asked: Iterable[Asked]) -> Generator[list[Joke], None, None]:
-        """What `generate` gives for each of several calls, a call being read while the one before is answered."""
+    def generate_each(self, asked: Iterable[Asked | None]) -> Generator[list[Joke], None, None]:
+        """What `generate` gives for each of several calls, a call being read while the one before is answered.
+
+        Args:
+            asked: The calls, each taken once the one before is begun; None for nothing yet, and it is asked
+                for the next after a step.
+        """
         jokes: list[Joke] = []
         with closing(self._told(self._batches(asked))) as told:
             for batch, of_batch in told:
                 jokes += of_batch
-                if batch.ends:
+                if not batch.coming:
                     yield jokes
                     jokes = []
 
-    def _batches(self, asked: Iterable[Asked]) -> Iterator[_Batch]:
-        for requests, settings in asked:
+    def _batches(self, asked: Iterable[Asked | None]) -> Iterator[_Batch | None]:
+        for call in asked:
+            if call is None:
+                yield None
+                continue
+            requests, settings = call
             if not requests:
                 yield _Batch([], settings, torch.empty(0, 0))
                 continue
@@ -149,44 +158,46 @@ class BuiltinEngine:
                 size = min(size, room)
             for start in range(0, len(prompts), size):
                 end = start + size
+                coming = prompts[end : end + size]
+                for prompt in [*prompts[start:end], *coming]:
+                    self._cut(prompt)  # the next batch's pictures while this one is computed
                 part = prompts[start:end], settings, uniform[start:end]
-                yield _Batch(*part, longest, twice, end >= len(prompts))
+                yield _Batch(*part, coming, longest, twice)
 
-    def _told(self, batches: Iterator[_Batch]) -> Generator[tuple[_Batch, list[Joke]], None, None]:
+    def _told(
+        self, batches: Iterator[_Batch | None]
+    ) -> Generator[tuple[_Batch, list[Joke]], None, None]:
         """Batches with their jokes, in order."""
         before: _Answers | None = None
         first: Decoder | ModuleDecoder = self._decoder or self._modules
         decoder = first
-        batch = next(batches, None)
         try:
-            while batch is not None:
-                following = next(batches, None)
-                coming = following.prompts if following else []
-                for prompt in [*batch.prompts, *coming]:
-                    self._cut(prompt)  # the next batch's pictures while this one is computed
+            for batch in batches:
+                if batch is None:
+                    if before is not None and next(before.rest(), None) is None:
+                        yield before.batch, self._jokes(before)
+                        before = None
+                    continue
                 if before is not None and not batch.twice:
                     yield before.batch, self._jokes(before)
                     before = None
                 if not batch.prompts:
                     yield batch, []
-                    batch = following
                     continue
-                together = batch.twice and (before is not None or following is not None)
-                other = self._beside if before is not None and decoder is first else None
-                decoder = other or first
                 if not batch.twice:
                     self._make_room(batch)
-                answers = self._begun(batch, decoder, before, self._side if together else None)
+                other = self._beside if before is not None and decoder is first else None
+                decoder = other or first
+                answers = self._begun(batch, decoder, before, self._side if batch.twice else None)
                 for prompt in batch.prompts:
-                    if prompt not in coming:
+                    if prompt not in batch.coming:
                         prompt.cuts = None
                 if before is not None:
                     yield before.batch, self._jokes(before)
                 before = answers
-                if not together:
+                if not batch.twice:
                     yield batch, self._jokes(answers)
                     before = None
-                batch = following
             if before is not None:
                 yield before.batch, self._jokes(before)
         finally:
