@@ -1,6 +1,6 @@
 """Batches of the builtin engine that are read while the ones before are answered: the same answers, in turn."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,34 +142,32 @@ def test_several_calls_at_once_are_each_what_it_is_alone(
         assert engine.generate(*asked[2]) == alone[2]
 
 
+@pytest.mark.parametrize(("overlap", "reads"), [(True, "abaa"), (False, "aaaa")])
 def test_a_call_may_come_while_the_last_is_answered(
-    loaded: Loaded, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+    loaded: Loaded,
+    requests: list[Request],
+    overlap: bool,
+    reads: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    alone = [BuiltinEngine(loaded).generate(requests[i : i + 2], GREEDY) for i in (0, 2, 4)]
-    for overlap, reads in ((True, "abaa"), (False, "aaaa")):
-        engine = BuiltinEngine(loaded, overlap=overlap)
-        calls = order(engine, monkeypatch)
-        given = 0
-        told: list[list[Any]] = []
+    parts = [requests[i : i + 2] for i in (0, 2, 4, 0)]
+    alone = [BuiltinEngine(loaded).generate(part, GREEDY) for part in parts]
+    engine = BuiltinEngine(loaded, overlap=overlap)
+    calls = order(engine, monkeypatch)
+    told: list[Any] = []
 
-        def asked() -> Any:
-            nonlocal given
-            for wait, call in ((0, 0), (3, 2), (1, 4)):
-                for _ in range(wait):
-                    yield None
-                given += 1
-                yield requests[call : call + 2], GREEDY
-            # Nothing more comes until all is told.
-            while given > len(told):
-                yield None
-            given += 1
-            yield requests[:2], GREEDY
+    def asked() -> Iterator[tuple[list[Request], GenerationSettings] | None]:
+        for part, steps in zip(parts[:3], (0, 3, 1), strict=True):
+            yield from [None] * steps
+            yield part, GREEDY
+        while len(told) < 3:
+            yield None  # nothing more comes until all is told
+        yield parts[3], GREEDY
 
-        for jokes in engine.generate_each(asked()):
-            told.append(jokes)
-        assert told == [*alone, alone[0]]
-        begun = [call[-1] for call in calls if call in ("begin a", "begin b")]
-        assert "".join(begun) == reads
+    for jokes in engine.generate_each(asked()):
+        told.append(jokes)
+    assert told == alone
+    assert "".join(call[-1] for call in calls if call in ("begin a", "begin b")) == reads
 
 
 def test_a_picture_that_fails_fails_alone(

@@ -2,22 +2,23 @@
 
 The builtin engine computes in one thread of its own, so the event loop never waits for it and it never meets two
 threads. Questions wait in a queue of limited length; those that wait together and are to be answered in the same way
-go to the engine as one batch. An engine that batches by itself is asked from as many threads as it is to answer
-questions at once, each for itself. A question whose asker has gone before its turn is dropped.
+go to the engine as one batch, and the engine may read a batch while it answers the one before. An engine that batches
+by itself is asked from as many threads as it is to answer questions at once, each for itself. A question whose asker
+has gone before its turn is dropped.
 """
 
 import asyncio
 import contextlib
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from PIL import Image
 
 from deadpan.data.records import Turn
-from deadpan.engines.base import Engine, GenerationSettings, Joke, Request
+from deadpan.engines.base import Asked, Engine, GenerationSettings, Joke, Request
 from deadpan.engines.concurrent import ConcurrentEngine
 from deadpan.errors import DeadpanError, did_you_mean
 
@@ -116,18 +117,22 @@ class _Worker:
             pass
 
     def _answered(self) -> bool:
-        """Answer a batch; false once all is done and the tellers close."""
-        waited = self._next()
-        jobs = [job for job in waited if job.done.set_running_or_notify_cancel()]
-        if jobs:
-            self._run(jobs)
-        return bool(waited)
-
-    def _next(self) -> list[_Job]:
-        """The jobs of the next batch, oldest first; none once all is done and the tellers close."""
+        """Answer what waits, and what comes meanwhile; false once all is done and the tellers close."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closing)
             if not self._waiting:
+                return False
+        streams = self._next(streams=True)
+        for job in streams:
+            self._run(job)
+        if not streams:
+            self._run_batches()
+        return True
+
+    def _next(self, streams: bool) -> list[_Job]:
+        """The jobs of the next batch that waits, oldest first; none if a stream's turn has come, or the reverse."""
+        with self._changed:
+            if not self._waiting or (self._waiting[0].emit is not None) != streams:
                 return []
             jobs = [self._waiting.popleft()]
             room = self._batch_size - len(jobs[0].requests)
@@ -136,26 +141,46 @@ class _Worker:
                     self._waiting.remove(job)
                     jobs.append(job)
                     room -= len(job.requests)
-            return jobs
+        return [job for job in jobs if job.done.set_running_or_notify_cancel()]
 
-    def _run(self, jobs: list[_Job]) -> None:
+    def _run_batches(self) -> None:
+        """Answer batch after batch, until none waits or a stream's turn has come."""
+        running: deque[list[_Job]] = deque()
+
+        def asked() -> Iterator[Asked | None]:
+            while True:
+                if jobs := self._next(streams=False):
+                    running.append(jobs)
+                    yield [request for job in jobs for request in job.requests], jobs[0].settings
+                elif running:
+                    yield None
+                else:
+                    return
+
         try:
-            answers = self._stream(jobs[0]) if jobs[0].emit else self._generate(jobs)
+            for answers in self._engine.generate_each(asked()):
+                for job in running.popleft():
+                    job.done.set_result(answers[: len(job.requests)])
+                    answers = answers[len(job.requests) :]
         except Exception as error:  # noqa: BLE001 - it is the asker's to see, and the thread must live on
+            jobs = [job for batch in running for job in batch]
             if len(jobs) == 1:
                 jobs[0].done.set_exception(error)
             else:
                 # One question's mistake is not to cost its neighbours their answers.
                 for job in jobs:
-                    self._run([job])
-            return
-        for job in jobs:
-            job.done.set_result(answers[: len(job.requests)])
-            answers = answers[len(job.requests) :]
+                    self._run(job)
 
-    def _generate(self, jobs: list[_Job]) -> list[Joke]:
-        requests = [request for job in jobs for request in job.requests]
-        return self._engine.generate(requests, jobs[0].settings)
+    def _run(self, job: _Job) -> None:
+        """Answer a job by itself."""
+        try:
+            answers = (
+                self._stream(job) if job.emit else self._engine.generate(job.requests, job.settings)
+            )
+        except Exception as error:  # noqa: BLE001 - it is the asker's to see, and the thread must live on
+            job.done.set_exception(error)
+        else:
+            job.done.set_result(answers)
 
     def _stream(self, job: _Job) -> list[Joke]:
         assert job.emit is not None
