@@ -9,7 +9,7 @@ where the row says so. Pictures come decoded: cutting, normalising and copying t
 Latency is that of one picture, the median of several. Throughput is that of 8 or 32 pictures at once, and of
 96 in batches of 32. `overlap` has 128 in batches of 32, and 32 in smaller batches, where a batch is read
 while the one before is answered and where it is not: `equal` is the share of answers that are the same, and
-should be 1.
+should be 1. `served` is 32 who ask the server's queue again and again.
 
 `same_tokens` is the share of tokens before an answer first differs from transformers' plain one for the
 picture alone; bfloat16 rounds otherwise in other kernels, so it is to be read beside the same figure of
@@ -18,6 +18,7 @@ With --tiny it all runs on a CPU, with nano in float32.
 """
 
 import argparse
+import asyncio
 import gc
 import hashlib
 import shutil
@@ -51,6 +52,7 @@ from deadpan.models.drawing import likeliest
 from deadpan.models.vision import Recorded
 from deadpan.processing.processor import load_processor
 from deadpan.processing.template import IMAGE_TOKEN
+from deadpan.serve.tellers import Tellers
 from full_size import CONFIG
 from make_tiny_model import make_official
 
@@ -231,7 +233,7 @@ class Bench:
     def overlap(self) -> dict[str, Any]:
         """Batches that are read while the ones before are answered, and batches that are not."""
         row: dict[str, Any] = {}
-        for count, size in ((128, 32), (32, 16), (32, 8)):
+        for count, size in ((128, 32), (32, 24), (32, 16), (32, 8)):
             compared = self.pictures.next(count)
             told = []
             for overlap in (False, True):
@@ -245,6 +247,34 @@ class Bench:
                 engine.close()
             equal = [one == other for one, other in zip(*told, strict=True)]
             row[f"equal_{count}_by_{size}"] = statistics.mean(equal)
+        return row
+
+    def served(self) -> dict[str, Any]:
+        """32 who ask the server's queue again and again, each about one picture."""
+        row: dict[str, Any] = {}
+
+        async def ask(tellers: Tellers, rounds: int) -> float:
+            pictures = self.pictures.next(32 * rounds)
+
+            async def client(number: int) -> None:
+                for request in pictures[number::32]:
+                    await tellers.ask("ours", [request], SETTINGS)
+
+            began = time.perf_counter()
+            await asyncio.gather(*(client(number) for number in range(32)))
+            return len(pictures) / (time.perf_counter() - began)
+
+        async def story(overlap: bool) -> float:
+            engine = BuiltinEngine(self.loaded, 32, kept_bytes=0, overlap=overlap)
+            tellers = Tellers({"ours": engine}, queue_limit=64, batch_size=32)
+            await ask(tellers, 2)  # steps are recorded
+            rate = await ask(tellers, 5)
+            await tellers.close()
+            return rate
+
+        for overlap in (False, True):
+            name = "pictures_a_second" + ("_overlapped" if overlap else "")
+            row[name] = asyncio.run(story(overlap))
         return row
 
     def tower(self, cudnn: bool = False) -> dict[str, Any]:
@@ -399,6 +429,7 @@ ROWS = (
     "ours",
     "ours_cudnn",
     "overlap",
+    "served",
     "again",
     "parts",
     "tower",
