@@ -239,11 +239,14 @@ class Bench:
             for overlap in (False, True):
                 engine = BuiltinEngine(self.loaded, size, kept_bytes=0, overlap=overlap)
                 engine.generate(self.pictures.next(2 * size), SETTINGS)
-                tell = partial(engine.generate, settings=SETTINGS)
-                times = [seconds(partial(tell, self.pictures.next(count))) for _ in range(2)]
+                times = []
+                for pictures in (self.pictures.next(count), compared):
+                    began = time.perf_counter()
+                    jokes = engine.generate(pictures, SETTINGS)
+                    times.append(time.perf_counter() - began)
                 name = f"{count}_by_{size}" + ("_overlapped" if overlap else "")
                 row[f"pictures_a_second_{name}"] = count / min(times)
-                told.append(tell(compared))
+                told.append(jokes)
                 engine.close()
             equal = [one == other for one, other in zip(*told, strict=True)]
             row[f"equal_{count}_by_{size}"] = statistics.mean(equal)
@@ -287,7 +290,7 @@ class Bench:
         values = torch.randn(shape, device=model.device).to(model.dtype)
         parts = []
         with torch.inference_mode():
-            for tiles in (7, 8, 12, 13, 16, 20, 24, 28, 32, 56):
+            for tiles in (4, 7, 8, 12, 16, 24, 32, 56):
                 seen = Recorded(features._see, tiles)
 
                 def see(seen: Recorded = seen, tiles: int = tiles) -> None:
