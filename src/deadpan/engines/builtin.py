@@ -11,18 +11,17 @@ own while the next batch is seen and read. One thread gives both to the device.
     the steps' stream              steps of 1       steps of 2 ...
 """
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedTokenizerFast, TextStreamer
 
 from deadpan.checkpoints.load import Loaded
 from deadpan.engines.base import Asked, GenerationSettings, Joke, Request
-from deadpan.engines.features import KEPT_BYTES, Cut, PictureFeatures
+from deadpan.engines.batches import Answers, Batch, Prompt
+from deadpan.engines.features import KEPT_BYTES, PictureFeatures
 from deadpan.models.answer_loss import plain_model
 from deadpan.models.attention import kernels
 from deadpan.models.decoding import Decoder, ModuleDecoder, unsupported
@@ -32,49 +31,9 @@ _BATCH_SIZE = {"cuda": 32, "cpu": 8}
 """Requests answered at once; a 7-tile picture takes about 0.2 GiB in bfloat16 with the 2B model."""
 
 
-_AHEAD = 4
-"""Steps that a GPU is given at once while the host is busy with the next batch; as many may be in vain."""
-
-
 def batch_size_for(device: torch.device) -> int:
     """How many requests are answered at once on a device where nobody says."""
     return _BATCH_SIZE["cuda" if device.type == "cuda" else "cpu"]
-
-
-@dataclass(eq=False)
-class _Prompt:
-    """A conversation to be continued, by one answer or several.
-
-    Attributes:
-        request: The first request that has it.
-        ids: Its tokens.
-        cuts: Its pictures, while they are cut and seen.
-    """
-
-    request: Request
-    ids: list[int]
-    cuts: list[Future[Cut]] | None = None
-
-
-@dataclass(eq=False)
-class _Batch:
-    """What is answered at once.
-
-    Attributes:
-        prompts: What each answer continues.
-        settings: How tokens are drawn.
-        uniform: Random numbers for drawing, of shape (answer, step).
-        coming: What the next batch of the same call continues.
-        longest: The most tokens of a prompt and its answer, in the whole call.
-        twice: Whether another such batch has room beside it.
-    """
-
-    prompts: Sequence[_Prompt]
-    settings: GenerationSettings
-    uniform: torch.Tensor
-    coming: Sequence[_Prompt] = ()
-    longest: int = 0
-    twice: bool = False
 
 
 class BuiltinEngine:
@@ -137,14 +96,14 @@ class BuiltinEngine:
                     yield jokes
                     jokes = []
 
-    def _batches(self, asked: Iterable[Asked | None]) -> Iterator[_Batch | None]:
+    def _batches(self, asked: Iterable[Asked | None]) -> Iterator[Batch | None]:
         for call in asked:
             if call is None:
                 yield None
                 continue
             requests, settings = call
             if not requests:
-                yield _Batch([], settings, torch.empty(0, 0))
+                yield Batch([], settings, torch.empty(0, 0))
                 continue
             prompts = self._prompts(requests)
             uniform = _uniform(len(prompts), settings)
@@ -162,13 +121,13 @@ class BuiltinEngine:
                 for prompt in [*prompts[start:end], *coming]:
                     self._cut(prompt)  # the next batch's pictures while this one is computed
                 part = prompts[start:end], settings, uniform[start:end]
-                yield _Batch(*part, coming, longest, twice)
+                yield Batch(*part, coming, longest, twice)
 
     def _told(
-        self, batches: Iterator[_Batch | None]
-    ) -> Generator[tuple[_Batch, list[Joke]], None, None]:
+        self, batches: Iterator[Batch | None]
+    ) -> Generator[tuple[Batch, list[Joke]], None, None]:
         """Batches with their jokes, in order."""
-        before: _Answers | None = None
+        before: Answers | None = None
         first: Decoder | ModuleDecoder = self._decoder or self._modules
         decoder = first
         try:
@@ -204,9 +163,9 @@ class BuiltinEngine:
             # What comes next may take the place of what a step in vain reads still.
             self._settle()
 
-    def _prompts(self, requests: Sequence[Request]) -> list[_Prompt]:
+    def _prompts(self, requests: Sequence[Request]) -> list[Prompt]:
         """What each request continues; equal conversations about the same pictures are one."""
-        known: dict[object, _Prompt] = {}
+        known: dict[object, Prompt] = {}
         policy = self._processor.tile_policy
         prompts = []
         for request in requests:
@@ -215,22 +174,22 @@ class BuiltinEngine:
             if key not in known:
                 counts = [policy.count(image.size, len(images)) for image in images]
                 ids, _ = self._processor.encode(turns, counts, request.name)
-                known[key] = _Prompt(request, ids, request.prepared)
+                known[key] = Prompt(request, ids, request.prepared)
             prompts.append(known[key])
         return prompts
 
-    def _cut(self, prompt: _Prompt) -> None:
+    def _cut(self, prompt: Prompt) -> None:
         if prompt.cuts is None:
             prompt.cuts = self._features.cut(prompt.request.images)
 
     @torch.inference_mode()
     def _begun(
         self,
-        batch: _Batch,
+        batch: Batch,
         decoder: Decoder | ModuleDecoder,
-        before: "_Answers | None" = None,
+        before: Answers | None = None,
         stream: torch.cuda.Stream | None = None,
-    ) -> "_Answers":
+    ) -> Answers:
         """Read a batch.
 
         Args:
@@ -265,7 +224,7 @@ class BuiltinEngine:
 
         ids = [prompt.ids for prompt in prompts]
         first = chosen(decoder.begin(ids, rows, features, settings.max_new_tokens), 0)
-        return _Answers(
+        return Answers(
             batch,
             first,
             lambda tokens, step: chosen(decoder.step(tokens), step),
@@ -274,13 +233,13 @@ class BuiltinEngine:
         )
 
     def _tokens(
-        self, prompts: Sequence[_Prompt], settings: GenerationSettings, uniform: torch.Tensor
+        self, prompts: Sequence[Prompt], settings: GenerationSettings, uniform: torch.Tensor
     ) -> Iterator[list[int]]:
         """The tokens of a batch's answers, step by step, until all have ended."""
-        batch = _Batch(prompts, settings, uniform)
+        batch = Batch(prompts, settings, uniform)
         yield from self._begun(batch, self._decoder or self._modules).rest()
 
-    def _jokes(self, answers: "_Answers") -> list[Joke]:
+    def _jokes(self, answers: Answers) -> list[Joke]:
         for _ in answers.rest():
             pass
         self._settle()
@@ -289,7 +248,7 @@ class BuiltinEngine:
             for ids, prompt in zip(answers.ids, answers.batch.prompts, strict=True)
         ]
 
-    def _make_room(self, batch: _Batch) -> None:
+    def _make_room(self, batch: Batch) -> None:
         """Let go of the second cache if a batch by itself wants its memory."""
         wanted = len(batch.prompts)
         if self._decoder and self._beside and self._decoder.room(batch.longest) < wanted:
@@ -403,104 +362,6 @@ def _uniform(rows: int, settings: GenerationSettings) -> torch.Tensor:
     steps = settings.max_new_tokens
     numbers = [torch.rand(steps, generator=generator, dtype=torch.float64) for _ in range(rows)]
     return torch.stack(numbers)
-
-
-class _Answers:
-    """A batch's answers while they grow.
-
-    Args:
-        batch: What is asked.
-        first: Their first tokens.
-        following: From their newest tokens and the number of a step, the next tokens.
-        stop_id: The token that ends an answer.
-        stream: Where steps run; None for the current stream.
-
-    Attributes:
-        batch: What is asked.
-        ids: The answers' tokens so far.
-    """
-
-    def __init__(
-        self,
-        batch: _Batch,
-        first: torch.Tensor,
-        following: Callable[[torch.Tensor, int], torch.Tensor],
-        stop_id: int,
-        stream: torch.cuda.Stream | None,
-    ) -> None:
-        self.batch = batch
-        self.ids: list[list[int]] = [[] for _ in batch.prompts]
-        # Held to the end, as another stream reads them.
-        self._first = self._newest = first
-        self._following, self._stop_id = following, stop_id
-        self._stream = stream
-        # Not waited for at once: steps of the batch before may still have to go first.
-        self._read = None if stream is None else _recorded(first.device)
-        self._behind = 1 if first.is_cuda else 0
-        self._begun = 1
-        self._coming = deque([_Coming(first)])
-        self._going = set(range(len(batch.prompts)))
-
-    @torch.inference_mode()
-    def _give(self, ahead: int) -> None:
-        """Give the device steps until so many have not arrived."""
-        most = self.batch.settings.max_new_tokens
-        while self._going and self._begun < most and len(self._coming) < ahead:
-            if self._stream is not None and self._read is not None and self._begun == 1:
-                self._stream.wait_event(self._read)
-            with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-                self._newest = self._following(self._newest, self._begun)
-                self._coming.append(_Coming(self._newest))
-            self._begun += 1
-
-    def _arrived(self) -> list[int]:
-        tokens = self._coming.popleft().ids()
-        for answer, token in zip(self.ids, tokens, strict=True):
-            answer.append(token)
-        self._going -= {row for row in self._going if tokens[row] == self._stop_id}
-        return tokens
-
-    def go_on(self) -> None:
-        """Grow, without waiting for the device."""
-        while self._going and self._coming and self._coming[0].is_here():
-            self._arrived()
-        self._give(_AHEAD)
-
-    def rest(self) -> Iterator[list[int]]:
-        """Grow to the end; gives the tokens of each step."""
-        while self._going:
-            self._give(1 + self._behind)
-            if not self._coming:
-                return
-            yield self._arrived()
-
-
-def _recorded(device: torch.device) -> torch.cuda.Event:
-    """An event that comes when what is on the current stream is done."""
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-
-class _Coming:
-    """Tokens on their way to the host."""
-
-    def __init__(self, tokens: torch.Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        self._tokens = tokens
-        if tokens.is_cuda:
-            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            self._tokens.copy_(tokens, non_blocking=True)
-            self._event = _recorded(tokens.device)
-
-    def is_here(self) -> bool:
-        return self._event is None or self._event.query()
-
-    def ids(self) -> list[int]:
-        if self._event is not None:
-            self._event.synchronize()
-        found: list[int] = self._tokens.tolist()
-        return found
 
 
 class _Text(TextStreamer):
