@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 
-from deadpan.engines.base import GenerationSettings, Joke, Request
+from deadpan.engines.base import Engine, GenerationSettings, Joke, Request
 from deadpan.serve.app import create_app
 from deadpan.serve.page import mount_page
 from deadpan.serve.pictures import Pictures
@@ -23,7 +23,7 @@ from deadpan.serve.tellers import Tellers
 from deadpan.serve.votes import Votes
 
 
-class Comedian:
+class Comedian(Engine):
     """An engine without a model: it knows its jokes by heart, and tells them character by character."""
 
     def __init__(self, *jokes: str, pause: float = 0.0) -> None:

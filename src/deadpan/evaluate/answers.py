@@ -75,20 +75,16 @@ def ask(
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Answer]:
     """Put questions to an engine, a batch of them at a time; the answers come in the questions' order."""
-    parts = [asked[start : start + batch] for start in range(0, len(asked), batch)]
-    # One after the other as the engine takes them, so that not all pictures are open at once.
-    calls = (
-        ([Request([open_picture(p) for p in q.pictures], q.turns, q.name) for q in part], settings)
-        for part in parts
-    )
-    done = 0
-    for part, jokes in zip(parts, engine.generate_each(calls), strict=True):
-        for question, joke in zip(part, jokes, strict=True):
+    for start in range(0, len(asked), batch):
+        part = asked[start : start + batch]
+        requests = [
+            Request([open_picture(path) for path in q.pictures], q.turns, q.name) for q in part
+        ]
+        for question, joke in zip(part, engine.generate(requests, settings), strict=True):
             picture = str(question.pictures[0]) if question.pictures else ""
             yield Answer(picture, question.turns[-1].text, joke.text, joke.finish_reason == "stop")
-        done += len(part)
         if progress is not None:
-            progress(done, len(asked))
+            progress(min(start + batch, len(asked)), len(asked))
 
 
 def write(answers: Sequence[Answer], path: Path) -> None:

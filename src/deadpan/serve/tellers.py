@@ -122,11 +122,10 @@ class _Worker:
             self._changed.wait_for(lambda: self._waiting or self._closing)
             if not self._waiting:
                 return False
-        streams = self._next(streams=True)
-        for job in streams:
+        for job in self._next(streams=True):
             self._run(job)
-        if not streams:
-            self._run_batches()
+        if jobs := self._next(streams=False):
+            self._run_batches(jobs)
         return True
 
     def _next(self, streams: bool) -> list[_Job]:
@@ -143,19 +142,18 @@ class _Worker:
                     room -= len(job.requests)
         return [job for job in jobs if job.done.set_running_or_notify_cancel()]
 
-    def _run_batches(self) -> None:
-        """Answer batch after batch, until none waits or a stream's turn has come."""
-        running: deque[list[_Job]] = deque()
+    def _run_batches(self, jobs: list[_Job]) -> None:
+        """Answer a batch and those that come meanwhile, until none waits or a stream's turn has come."""
+        running = deque([jobs])
 
         def asked() -> Iterator[Asked | None]:
-            while True:
-                if jobs := self._next(streams=False):
-                    running.append(jobs)
-                    yield [request for job in jobs for request in job.requests], jobs[0].settings
-                elif running:
-                    yield None
+            yield _call(jobs)
+            while running:
+                if more := self._next(streams=False):
+                    running.append(more)
+                    yield _call(more)
                 else:
-                    return
+                    yield None
 
         try:
             for answers in self._engine.generate_each(asked()):
@@ -163,12 +161,12 @@ class _Worker:
                     job.done.set_result(answers[: len(job.requests)])
                     answers = answers[len(job.requests) :]
         except Exception as error:  # noqa: BLE001 - it is the asker's to see, and the thread must live on
-            jobs = [job for batch in running for job in batch]
-            if len(jobs) == 1:
-                jobs[0].done.set_exception(error)
+            failed = [job for batch in running for job in batch]
+            if len(failed) == 1:
+                failed[0].done.set_exception(error)
             else:
                 # One question's mistake is not to cost its neighbours their answers.
-                for job in jobs:
+                for job in failed:
                     self._run(job)
 
     def _run(self, job: _Job) -> None:
@@ -192,6 +190,10 @@ class _Worker:
                 except StopIteration as end:
                     return [end.value]
         return []
+
+
+def _call(jobs: Sequence[_Job]) -> Asked:
+    return [request for job in jobs for request in job.requests], jobs[0].settings
 
 
 class Tellers:
