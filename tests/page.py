@@ -26,6 +26,8 @@ from deadpan.serve.votes import Votes
 class Comedian(Engine):
     """An engine without a model: it knows its jokes by heart, and tells them character by character."""
 
+    batch_size = 8
+
     def __init__(self, *jokes: str, pause: float = 0.0) -> None:
         self._jokes, self._told, self._pause = jokes, 0, pause
 

@@ -1,7 +1,7 @@
 """Many askers, one engine: what is batched, refused, dropped and finished."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -94,6 +94,21 @@ def test_a_mistake_costs_its_asker_alone_an_answer() -> None:
         answers = await asyncio.gather(*tasks, return_exceptions=True)
         assert [answers[0], answers[1], answers[3]] == [["a/0"], ["b/0"], ["c/0"]]
         assert str(answers[2]) == "bad question"
+
+    run(story())
+
+
+def test_an_engine_that_takes_no_question_fails_those_that_wait() -> None:
+    class Gone(Echo):
+        def generate_each(self, asked: Iterable[Any]) -> Any:
+            raise RuntimeError("the device is lost")
+
+    async def story() -> None:
+        tellers = Tellers({"echo": Gone()})
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="the device is lost"):
+                await tellers.tell("echo", [], "a", GREEDY)
+        await tellers.close()
 
     run(story())
 

@@ -124,8 +124,9 @@ class _Worker:
                 return False
         for job in self._next(streams=True):
             self._run(job)
-        if jobs := self._next(streams=False):
-            self._run_batches(jobs)
+        running = deque([self._next(streams=False)])
+        if running[0]:
+            self._run_batches(running)
         return True
 
     def _next(self, streams: bool) -> list[_Job]:
@@ -142,12 +143,11 @@ class _Worker:
                     room -= len(job.requests)
         return [job for job in jobs if job.done.set_running_or_notify_cancel()]
 
-    def _run_batches(self, jobs: list[_Job]) -> None:
+    def _run_batches(self, running: deque[list[_Job]]) -> None:
         """Answer a batch and those that come meanwhile, until none waits or a stream's turn has come."""
-        running = deque([jobs])
 
         def asked() -> Iterator[Asked | None]:
-            yield _call(jobs)
+            yield _call(running[0])
             while running:
                 if more := self._next(streams=False):
                     running.append(more)
