@@ -21,7 +21,6 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from deadpan.checkpoints.load import choose_dtype
-from deadpan.checkpoints.source import Layout, detect, resolve
 from deadpan.config.schema import Recipe
 from deadpan.data.records import Record
 from deadpan.environment import GIB
@@ -31,7 +30,6 @@ from deadpan.models.answer_loss import plain_model
 from deadpan.models.attention import kernels
 from deadpan.processing.collate import Batch
 from deadpan.processing.prefix import shared_prefixes
-from deadpan.processing.processor import Processor, load_processor
 from deadpan.train import (
     memory,
     nonfinite,
@@ -62,7 +60,7 @@ from deadpan.train.run_folder import RunLog, open_run
 from deadpan.train.schedule import resolve as resolve_schedule
 from deadpan.train.schedule import schedule
 from deadpan.train.split import read, split
-from deadpan.train.start import with_adapter
+from deadpan.train.start import open_model, with_adapter
 from deadpan.train.stopping import stop_signal
 from deadpan.train.survey import Survey, survey
 from deadpan.train.watcher import Watcher
@@ -129,7 +127,7 @@ class Trainer:
         self._trackers = self.processes.lead(lambda: trackers.choose(recipe))
         self.dtype = choose_dtype(recipe.precision, self.device)
         set_seed(recipe.seed)
-        folder, self.processor = self.processes.together(lambda: _open_model(recipe))
+        folder, self.processor = self.processes.together(lambda: open_model(recipe))
         # Before the weights are read: that takes minutes, and a bad record none of them.
         self.survey, self.held_out = self.processes.lead(self._look_at_records)
         self.plan = Plan(
@@ -494,15 +492,3 @@ class Trainer:
                 gathered,
             )
         )
-
-
-def _open_model(recipe: Recipe) -> tuple[Path, Processor]:
-    folder = resolve(recipe.model)
-    if detect(folder) is Layout.ADAPTER:
-        raise DeadpanError(
-            "Training starts from a whole model, and this is an adapter.",
-            where=folder,
-            fix="set model to its base and adapter to this folder, export it with --layout hf and "
-            "train on that, or resume its run with --resume",
-        )
-    return folder, load_processor(folder, recipe.max_tiles, recipe.max_length)
