@@ -14,6 +14,7 @@ from deadpan.evaluate.answers import Answer
 from deadpan.evaluate.likelihood import answer_loss
 from deadpan.train import state
 from deadpan.train.loop import Trainer
+from deadpan.train.rehearsal import Rehearsal
 from deadpan.train.split import trained_on
 from deadpan.train.watcher import Watcher
 from training import (
@@ -112,6 +113,17 @@ def assert_same(run: Path, whole: Path) -> None:
     for values in states:
         del values["seconds"]
     assert states[0] == states[1]
+
+
+def test_a_dry_run_foretells_the_evaluations(
+    make: MakeRecipe, tmp_path: Path, held_out: Path, whole: Path
+) -> None:
+    recipe = evaluated(make, tmp_path / "run", held_out, OPTIMIZERS[0])
+    pace = Rehearsal(Trainer(recipe, False, Watcher(), dry_run=True)).forecast().pace
+    assert pace is not None
+    assert pace.evaluations == len(evaluations(whole)) == 3
+    assert pace.evaluation_seconds > 0
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("step", [2, 3, 6])

@@ -95,11 +95,15 @@ def _time(found: Forecast) -> Table:
         f"{pace.samples_per_second:.2f} samples/s",
         f"{pace.tokens_per_second:,.0f} tokens/s, from {pace.steps} of its steps",
     )
+    if pace.evaluations:
+        table.add_row("training", duration(pace.training_seconds), "")
+        table.add_row(
+            "evaluating",
+            duration(pace.evaluations * pace.evaluation_seconds),
+            f"{pace.evaluations} times {duration(pace.evaluation_seconds)}",
+        )
     table.add_row(
-        "the whole run",
-        duration(pace.run_seconds),
-        "and what saving and evaluating take",
-        style="bold",
+        "the whole run", duration(pace.run_seconds), "and what saving takes", style="bold"
     )
     return table
 

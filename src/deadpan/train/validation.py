@@ -2,9 +2,11 @@
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from deadpan.data.records import Record
 from deadpan.train import evaluation, memory, optimizers, state
 from deadpan.train.run_folder import RunLog
 
@@ -18,13 +20,19 @@ class _Stopped(Exception):
 
 def is_due(trainer: "Trainer") -> bool:
     """Whether the step done last calls for an evaluation that has not been made."""
-    step, plan = trainer.position.step, trainer.plan
+    step = trainer.position.step
+    return step > trainer.position.evaluations.step and _is_called_for(trainer, step)
+
+
+def count_after(trainer: "Trainer", done: int) -> int:
+    """How many evaluations the steps after `done` call for, if the run goes to its end."""
+    return sum(_is_called_for(trainer, step) for step in range(done + 1, trainer.plan.steps + 1))
+
+
+def _is_called_for(trainer: "Trainer", step: int) -> bool:
+    plan = trainer.plan
     every = evaluation.interval(trainer.recipe.evaluation, plan.steps_per_epoch)
-    return (
-        bool(trainer.held_out)
-        and step > trainer.position.evaluations.step
-        and (step % every == 0 or step == plan.steps)
-    )
+    return bool(trainer.held_out) and (step % every == 0 or step == plan.steps)
 
 
 def is_over(trainer: "Trainer") -> bool:
@@ -80,7 +88,7 @@ def _measure(
 
     began, step = time.perf_counter(), trainer.position.step
     try:
-        figures = _figures(trainer, progress)
+        figures = _figures(trainer, trainer.held_out, progress)
     except _Stopped:
         return before, None
     after, is_best, reason = evaluation.judge(before, step, figures)
@@ -102,13 +110,35 @@ def _measure(
     return after, is_best
 
 
-def _figures(trainer: "Trainer", progress: evaluation.Progress) -> evaluation.Figures:
+def seconds(trainer: "Trainer", most: int) -> float:
+    """How long an evaluation takes of the model as it is now.
+
+    Args:
+        trainer: The run.
+        most: Held-out records whose loss is taken; the time of the others is reckoned from these.
+    """
+    taken = evaluation.some(trainer.held_out, most, trainer.recipe.seed)
+    losses: list[float] = []
+
+    def progress(done: int, total: int) -> None:
+        if done == len(taken):  # the held-out records are the first of what is measured
+            losses.append(time.perf_counter() - began)
+
+    began = time.perf_counter()
+    _figures(trainer, taken, progress)
+    whole = time.perf_counter() - began
+    return whole + losses[0] * (len(trainer.held_out) / len(taken) - 1)
+
+
+def _figures(
+    trainer: "Trainer", held_out: Sequence[Record], progress: evaluation.Progress
+) -> evaluation.Figures:
     evaluator = evaluation.Evaluator(
         trainer.model,
         trainer.processor,
         trainer.objective,
         trainer.survey.records,
-        trainer.held_out,
+        held_out,
         trainer.recipe.evaluation,
         trainer.recipe.seed,
         trainer.plan.micro_batch_size,
