@@ -10,6 +10,7 @@ from deadpan.data.records import Record, Turn
 from deadpan.errors import DeadpanError
 from deadpan.evaluate.choices import TASKS, ChoiceQuestion, QuestionSet, draw, read, results
 from deadpan.evaluate.statistics import Items, metric
+from deadpan.report.words import bilingual
 
 QUESTION = Turn("human", "<image>\n说")
 
@@ -106,6 +107,7 @@ def test_a_caption_is_the_first_wrong_option() -> None:
         (some(6, 1, starred=False), {"5T2": "no picture has 2", "ranking": "have no stars"}),
         (some(6, 4), {"ranking": "no picture has 5 answers whose stars are known and differ"}),
         ([record(n, f"{n}-{k}", 5) for n in range(6) for k in range(6)], {"ranking": "differ"}),
+        (some(1, 2), dict.fromkeys(["2T1", "3T1", "4T1", "5T2"], "not") | {"ranking": "5 answers"}),
         (some(2, 2), {"3T1": "not 2", "4T1": "not 3", "5T2": "not 3", "ranking": "5 answers"}),
     ],
 )
@@ -115,6 +117,8 @@ def test_what_the_records_cannot_carry_is_skipped_with_the_reason(
     found = draw(records).skipped
     assert found.keys() == skipped.keys()
     assert all(part in found[task] for task, part in skipped.items())
+    for reason in found.values():
+        assert bilingual(reason).zh != reason
 
 
 def test_five_of_equal_likes_are_never_ranked() -> None:

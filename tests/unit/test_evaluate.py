@@ -9,6 +9,7 @@ from deadpan.evaluate.answers import Answer, Question
 from deadpan.evaluate.evaluation import evaluate
 from deadpan.evaluate.form import Grounding, is_description, is_joke_form
 from deadpan.evaluate.memorisation import nearly_verbatim, verbatim
+from deadpan.report.words import bilingual
 
 
 @pytest.mark.parametrize(
@@ -58,4 +59,5 @@ def test_an_evaluation_counts_answers() -> None:
     assert figures.skipped == {}
     whole = evaluate([Question((), turns, (), {}, "x")], answers[:1])
     assert whole.skipped.keys() == {"grounded", "verbatim from training"}
+    assert all(bilingual(reason).zh != reason for reason in whole.skipped.values())
     assert whole.get("held-out loss") is None

@@ -9,7 +9,7 @@ from deadpan.batch.pictures import Item, find
 from deadpan.checkpoints.digest import weights_digest
 from deadpan.checkpoints.load import choose_device, choose_dtype
 from deadpan.compare.page import Column, page_of
-from deadpan.compare.tellers import Teller, told
+from deadpan.compare.tellers import Teller, with_error
 from deadpan.data.pictures import PictureError, open_picture
 from deadpan.data.records import Record
 from deadpan.engines.base import GenerationSettings
@@ -20,7 +20,10 @@ from deadpan.evaluate.evaluation import Evaluation, evaluate
 from deadpan.evaluate.hearing import Asking, Bars, Heard, hear
 from deadpan.evaluate.kept import Kept
 from deadpan.report import comparison
+from deadpan.report.words import Bilingual
 from deadpan.teller import check_number
+
+_BROKEN = Bilingual("broken, and shown to no teller", "图片损坏，没有给任何模型看")
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ def compare(plan: Plan, out: Path, bars: Callable[[str], Bars]) -> list[Column]:
         asked=asking.questions,
         columns=columns,
         settings=_decoding(plan) | loaded_as | data,
-        notes=[f"broken, and shown to no teller: {told(error)}" for error in plan.pictures.broken],
+        notes=[with_error(_BROKEN, error) for error in plan.pictures.broken],
         language=plan.language,
     )
     comparison.write(page, out)

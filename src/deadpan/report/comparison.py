@@ -137,8 +137,8 @@ class Comparison:
     version: str
     summary: Bilingual | str = ""
     figures: Sequence[Figure] = ()
-    skipped: Sequence[tuple[str, str]] = ()
-    notes: Sequence[str] = ()
+    skipped: Sequence[tuple[str, Bilingual | str]] = ()
+    notes: Sequence[Bilingual | str] = ()
     curves: Sequence[Curve] = ()
     language: Language = "en"
 
