@@ -107,6 +107,10 @@ def test_pictures_of_a_folder_are_found_and_a_broken_one_is_named(
         find_pictures([tmp_path / "empty"], "问题")
     with pytest.raises(DeadpanError, match="no such picture"):
         find_pictures([tmp_path / "absent"], "问题")
+    for name in ("nano:held-out", "records.jsonl"):
+        with pytest.raises(DeadpanError, match="These are records") as caught:
+            find_pictures([Path(name)], "问题")
+        assert str(caught.value.fix).startswith(f"--data {name} instead")
 
 
 def test_a_run_is_known_by_its_checkpoints_and_exports(tmp_path: Path) -> None:

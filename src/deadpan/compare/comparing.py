@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from deadpan import __version__
+from deadpan import __version__, nano
 from deadpan.batch.pictures import Item, find
 from deadpan.checkpoints.digest import weights_digest
 from deadpan.checkpoints.load import choose_device, choose_dtype
@@ -86,16 +86,19 @@ def find_pictures(places: Sequence[Path], prompt: str) -> Pictures:
         prompt: What to ask about each.
 
     Raises:
-        DeadpanError: If there is no such file or folder, or a folder holds no picture.
+        DeadpanError: If there is no such file or folder, it is records, or a folder holds no picture.
     """
     items: dict[Path, Item] = {}
     for place in places:
-        if not place.exists():
+        if str(place) in nano.RECORDS or place.suffix in (".json", ".jsonl"):
             raise DeadpanError(
-                "There is no such picture or folder of pictures.",
+                "These are records, and not a picture.",
                 where=place,
-                fix="records, such as nano:held-out, go to --data; its pictures are shown by default",
+                expected="a picture, or a folder of pictures",
+                fix=f"--data {place} instead of --pictures shows the pictures of the records",
             )
+        if not place.exists():
+            raise DeadpanError("There is no such picture or folder of pictures.", where=place)
         one = [Item(str(place), (str(place),), (place,), prompt)]
         for item in find(place, prompt) if place.is_dir() else one:
             items.setdefault(item.paths[0].resolve(), item)
