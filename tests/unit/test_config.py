@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from deadpan.config.keys import keys
 from deadpan.config.loader import bundled, bundled_text, dump_recipe, load_recipe
-from deadpan.config.schema import Data, Evaluation, Optimizer, Recipe, keys
+from deadpan.config.schema import Data, Evaluation, Optimizer, Recipe
 from deadpan.errors import DeadpanError
 from deadpan.train.optimizers import learning_rate
 from deadpan.train.schedule import resolve

@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import yaml
 from pydantic import ValidationError
 
-from deadpan.config.schema import CONTRADICTION, Recipe, keys
+from deadpan.config.keys import keys
+from deadpan.config.schema import CONTRADICTION, Recipe
 from deadpan.errors import DeadpanError, did_you_mean
 
 _TAG = "tag:yaml.org,2002:"
