@@ -24,7 +24,6 @@ from training import (
     course,
     evaluations,
     identical,
-    recipes,
     result_of,
     train,
 )
@@ -36,11 +35,6 @@ OPTIMIZERS: list[dict[str, Any]] = [
 ]
 EVALUATION = {"every_steps": 2, "max_new_tokens": 8, "memorisation_pictures": 2}
 LAST = 6
-
-
-@pytest.fixture(scope="module")
-def make(tiny: Path, records: Path) -> MakeRecipe:
-    return recipes(tiny, records)
 
 
 @pytest.fixture(scope="module")

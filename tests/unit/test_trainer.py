@@ -22,7 +22,7 @@ from deadpan.train import state
 from deadpan.train.loop import Trainer
 from deadpan.train.rehearsal import Rehearsal
 from deadpan.train.watcher import Watcher
-from training import MakeRecipe, SignalAfter, course, identical, logged, recipes, result_of, train
+from training import MakeRecipe, SignalAfter, course, identical, logged, result_of, train
 
 
 class Diary(Watcher):
@@ -42,11 +42,6 @@ class Diary(Watcher):
 
     def stepped(self, metrics: dict[str, Any]) -> None:
         self.events.append(f"step {metrics['step']}")
-
-
-@pytest.fixture(scope="module")
-def make(tiny: Path, records: Path) -> MakeRecipe:
-    return recipes(tiny, records)
 
 
 @pytest.fixture(scope="module")
