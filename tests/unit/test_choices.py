@@ -140,6 +140,14 @@ def test_the_seed_draws_and_a_file_keeps(tmp_path: Path) -> None:
     path.write_text('{"id": 1}\n')
     with pytest.raises(DeadpanError, match="does not hold questions"):
         read(path)
+    with pytest.raises(DeadpanError, match="cannot be read: No such file"):
+        read(tmp_path / "gone.jsonl")
+
+
+def test_an_answer_may_hold_a_line_separator(tmp_path: Path) -> None:
+    drawn = draw([record(n, f"第一行\u2028第{n}行", None) for n in range(6)])
+    drawn.write(tmp_path / "questions.jsonl")
+    assert read(tmp_path / "questions.jsonl") == drawn
 
 
 def test_one_who_knows_is_always_right() -> None:
