@@ -121,6 +121,17 @@ def test_a_fresh_run_never_overwrites_another(finished: Path, make: MakeRecipe) 
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_place_that_cannot_be_written_is_told_before_a_record_is_looked_at(
+    make: MakeRecipe, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    diary = Diary()
+    with pytest.raises(DeadpanError, match="The run folder cannot be written there") as caught:
+        train(make(tmp_path / "file" / "run"), watcher=diary)
+    assert caught.value.found == f"{tmp_path / 'file'} is no folder"
+    assert diary.events == []
+
+
 def test_a_run_that_died_before_its_first_checkpoint_starts_afresh(
     started: Path, make: MakeRecipe, finished: Path
 ) -> None:

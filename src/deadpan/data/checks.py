@@ -122,7 +122,7 @@ def _faults(
 
 
 def _fault(picture: Path) -> tuple[str, str] | None:
-    if not picture.is_file():
+    if not picture.exists():
         return "missing-picture", "the picture is missing"
     code = "unreadable-picture"
     try:
