@@ -157,7 +157,7 @@ def _duplicate_ids(records: Iterable[Record]) -> list[Problem]:
         if record.id is not None:
             by_id[record.id].append(record)
     return [
-        _problem("duplicate-id", "error", same, f"{len(same)} records have the id {identifier!r}")
+        _problem("duplicate-id", "warning", same, f"{len(same)} records have the id {identifier!r}")
         for identifier, same in by_id.items()
         if len(same) > 1
     ]
