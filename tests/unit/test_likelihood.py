@@ -97,3 +97,9 @@ def test_what_could_not_be_written_is_not_computed(
     refusal = CliRunner().invoke(app, [*map(str, command)]).exception
     assert isinstance(refusal, DeadpanError)
     assert "cannot be written there" in refusal.what
+
+
+def test_a_model_is_not_compared_with_itself(records: Path) -> None:
+    refusal = CliRunner().invoke(app, ["evaluate", "nano", "nano", str(records)]).exception
+    assert isinstance(refusal, DeadpanError)
+    assert refusal.what == "A model is named twice."

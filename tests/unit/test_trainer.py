@@ -132,6 +132,16 @@ def test_a_place_that_cannot_be_written_is_told_before_a_record_is_looked_at(
     assert diary.events == []
 
 
+def test_a_mistake_in_the_validation_file_is_told_before_a_record_is_looked_at(
+    make: MakeRecipe, tmp_path: Path
+) -> None:
+    diary = Diary()
+    recipe = make(tmp_path / "run", data={"validation": tmp_path / "gone.json"})
+    with pytest.raises(DeadpanError, match="The file of records does not exist"):
+        train(recipe, watcher=diary)
+    assert diary.events == []
+
+
 def test_a_run_that_died_before_its_first_checkpoint_starts_afresh(
     started: Path, make: MakeRecipe, finished: Path
 ) -> None:

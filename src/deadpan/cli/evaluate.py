@@ -74,11 +74,16 @@ def evaluate(
     Example: deadpan evaluate nano runs/demo/run nano:held-out --out figures.json
     """
     from deadpan.data.records import load as load_records
-    from deadpan.errors import refuse_unwritable, writing
+    from deadpan.errors import DeadpanError, refuse_unwritable, writing
     from deadpan.evaluate import choices
     from deadpan.evaluate.answers import questions as questions_of
     from deadpan.evaluate.evaluation import differences
 
+    for model in models:
+        if models.count(model) > 1:
+            raise DeadpanError(
+                "A model is named twice.", found=model, fix="name each model that is compared once"
+            )
     for what, file in (("figures", out), ("answers", answers_out), ("questions", questions_out)):
         if file is not None:
             refuse_unwritable(what, file)

@@ -160,6 +160,9 @@ class Trainer:
     def _look_at_records(self) -> tuple[Survey, list[Record]]:
         data, surveying = self.recipe.data, self.watcher.surveying
         records = read(self.recipe, data.train)
+        if isinstance(data.validation, Path):
+            # A mistake in it is not to be told after the minutes that many pictures take.
+            read(self.recipe, data.validation)
         surveyed = survey(records, self.processor, data.overlong, surveying)
         return split(self.recipe, surveyed, self.processor, surveying)
 
