@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
 from make_tiny_model import make_official
+
+if TYPE_CHECKING:
+    from training import MakeRecipe
 
 torch.set_num_threads(1)
 """The tiny models have nothing to share out, and threads that wait for one another are slow."""
@@ -62,3 +66,12 @@ def records(pictures: list[Path]) -> Path:
     ]
     path.write_text(json.dumps(samples, ensure_ascii=False), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def make(tiny: Path, records: Path) -> "MakeRecipe":
+    """Makes recipes that train the tiny model on these records."""
+    # Here, since it imports the training loop, which not every test waits for.
+    from training import recipes
+
+    return recipes(tiny, records)

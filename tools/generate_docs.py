@@ -9,8 +9,8 @@ from typing import Any
 import typer
 
 from deadpan.cli.main import app
+from deadpan.config.keys import Key, keys
 from deadpan.config.loader import inline_yaml
-from deadpan.config.schema import Key, keys
 
 NOTICE = "<!-- Written by tools/generate_docs.py: change the code, then run `make docs`. -->"
 

@@ -20,6 +20,13 @@ from typing import Any
 
 GIB = 2**30
 
+INSTALL = {
+    "vllm": "pip install 'deadpan[vllm]'",
+    # Its own list of requirements has an older peft than training needs.
+    "lmdeploy": "pip install 'deadpan[lmdeploy]' && pip install --no-deps lmdeploy==0.18.0",
+}
+"""How each engine's package is installed."""
+
 
 def describe() -> dict[str, Any]:
     """What a result depends on beside its recipe, ready for JSON."""

@@ -6,7 +6,9 @@ that is not a `DeadpanError` is a bug in deadpan and keeps its traceback.
 """
 
 import difflib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -59,6 +61,44 @@ class DeadpanError(Exception):
 
 def _rebuild(kind: type[DeadpanError], what: str, details: dict[str, str]) -> DeadpanError:
     return kind(what, **details)
+
+
+@contextmanager
+def writing(what: str, path: Path, fix: str | None = None) -> Iterator[None]:
+    """Make the folder of a file that is about to be written; turn what the system says against it into one message.
+
+    Args:
+        what: What is written, such as "figures".
+        path: The file.
+        fix: What to do about it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise DeadpanError(
+            f"The {what} cannot be written: {error.strerror or error}.", where=path, fix=fix
+        ) from None
+
+
+def refuse_unwritable(what: str, path: Path) -> None:
+    """Tell before the work that what comes of it could not be written.
+
+    Args:
+        what: What will be written, such as "figures".
+        path: The file or the folder.
+
+    Raises:
+        DeadpanError: If the folder that it is to lie in is none, or may not be written to.
+    """
+    above = next(place for place in path.absolute().parents if place.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        raise DeadpanError(
+            f"The {what} cannot be written there.",
+            where=path,
+            found=f"{above} is " + ("not yours to write to" if above.is_dir() else "no folder"),
+            fix="choose another place",
+        )
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -106,7 +106,14 @@ class Teller:
 
         Returns:
             For each choice, the log-probability in nats of its tokens and the closing stop token, summed.
+
+        Raises:
+            DeadpanError: If the picture is broken, or `choices` is a text, whose characters would be scored.
         """
+        if isinstance(choices, str):
+            raise DeadpanError(
+                "The choices are one text.", expected="a list of texts", found=repr(choices[:60])
+            )
         return self.engine.score(request(picture, prompt), choices)
 
     def close(self) -> None:

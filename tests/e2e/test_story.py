@@ -41,7 +41,7 @@ def training(desk: Path) -> Outcome:
 @pytest.fixture(scope="module")
 def exports(desk: Path, training: Outcome) -> dict[str, Outcome]:
     hf, adapter = (
-        ["export", "runs/first", f"out/{name}", "--layout", name] for name in ("hf", "adapter")
+        ["export", "runs/first", f"my out/{name}", "--layout", name] for name in ("hf", "adapter")
     )
     return {"hf": deadpan(desk, hf)[0], "adapter": forked(desk, adapter)[0]}
 
@@ -105,21 +105,21 @@ def test_training_writes_a_run(desk: Path, training: Outcome) -> None:
 def test_every_export_reports_how_near_it_is(desk: Path, exports: dict[str, Outcome]) -> None:
     for layout, outcome in exports.items():
         assert outcome.code == 0, outcome.error
-        report = json.loads((desk / "out" / layout / "export.json").read_text())
+        report = json.loads((desk / "my out" / layout / "export.json").read_text())
         assert report["layout"] == layout
         assert report["source"].endswith("runs/first/checkpoints/step-000040")
         assert report["max_logit_difference"] <= report["limit"]
-        assert outcome.out.startswith(f"wrote out/{layout} ({layout})\n")
+        assert outcome.out.startswith(f"wrote my out/{layout} ({layout})\n")
         assert f"{report['max_logit_difference']:.3g} of the source" in outcome.out
         assert f"limit {report['limit']:.3g}" in outcome.out
-        assert f"hear it: deadpan tell out/{layout} PICTURE\n" in outcome.out
+        assert f"hear it: deadpan tell 'my out/{layout}' PICTURE\n" in outcome.out
 
 
 def test_the_run_and_every_export_say_the_jokes_that_were_taught(
     desk: Path, exports: dict[str, Outcome], pictures: list[Path], jokes: list[str]
 ) -> None:
     prompt = ["--prompt", "请你根据这张图片，讲一个脑洞大开的梗。"]
-    models = ["runs/first", *(f"out/{layout}" for layout in exports)]
+    models = ["runs/first", *(f"my out/{layout}" for layout in exports)]
     heard = [
         *deadpan(desk, ["tell", "runs/first", *pictures, *prompt]),
         *forked(desk, *(["tell", model, *pictures, *prompt, "--json"] for model in models)),
@@ -189,7 +189,7 @@ def test_tellers_stand_side_by_side(
         (photos / picture.name).write_bytes(picture.read_bytes())
     (photos / "torn.png").write_bytes(pictures[0].read_bytes()[:150])
     command = [
-        "compare", "base=nano", "runs/first", "exported=out/hf", "--data", records,
+        "compare", "base=nano", "runs/first", "exported=my out/hf", "--data", records,
         "--prompt", "请你根据这张图片，讲一个脑洞大开的梗。", "--out", "side/page.html",
         # As a shell writes out a pattern.
         "--pictures", "photos", *pictures[2:],

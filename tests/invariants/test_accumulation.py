@@ -15,14 +15,9 @@ from deadpan.processing.encoding import IGNORE_INDEX
 from deadpan.processing.processor import Sample
 from deadpan.train.loop import Trainer
 from deadpan.train.watcher import Watcher
-from training import MakeRecipe, course, recipes, result_of, train
+from training import MakeRecipe, course, result_of, train
 
 Outcome = tuple[list[tuple[int, float, float, float]], dict[str, torch.Tensor]]
-
-
-@pytest.fixture(scope="module")
-def make(tiny: Path, records: Path) -> MakeRecipe:
-    return recipes(tiny, records)
 
 
 def outcome(make: MakeRecipe, run: Path, size: int, accumulation: int, packing: bool) -> Outcome:

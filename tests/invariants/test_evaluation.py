@@ -14,6 +14,7 @@ from deadpan.evaluate.answers import Answer
 from deadpan.evaluate.likelihood import answer_loss
 from deadpan.train import state
 from deadpan.train.loop import Trainer
+from deadpan.train.rehearsal import Rehearsal
 from deadpan.train.split import trained_on
 from deadpan.train.watcher import Watcher
 from training import (
@@ -23,7 +24,6 @@ from training import (
     course,
     evaluations,
     identical,
-    recipes,
     result_of,
     train,
 )
@@ -35,11 +35,6 @@ OPTIMIZERS: list[dict[str, Any]] = [
 ]
 EVALUATION = {"every_steps": 2, "max_new_tokens": 8, "memorisation_pictures": 2}
 LAST = 6
-
-
-@pytest.fixture(scope="module")
-def make(tiny: Path, records: Path) -> MakeRecipe:
-    return recipes(tiny, records)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +107,17 @@ def assert_same(run: Path, whole: Path) -> None:
     for values in states:
         del values["seconds"]
     assert states[0] == states[1]
+
+
+def test_a_dry_run_foretells_the_evaluations(
+    make: MakeRecipe, tmp_path: Path, held_out: Path, whole: Path
+) -> None:
+    recipe = evaluated(make, tmp_path / "run", held_out, OPTIMIZERS[0])
+    pace = Rehearsal(Trainer(recipe, False, Watcher(), dry_run=True)).forecast().pace
+    assert pace is not None
+    assert pace.evaluations == len(evaluations(whole)) == 3
+    assert pace.evaluation_seconds > 0
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("step", [2, 3, 6])

@@ -16,15 +16,10 @@ from deadpan.config.schema import Recipe
 from deadpan.errors import DeadpanError
 from deadpan.train import state
 from deadpan.train.watcher import Watcher
-from training import MakeRecipe, SignalAfter, course, identical, recipes, result_of, train
+from training import MakeRecipe, SignalAfter, course, identical, result_of, train
 
 STEPS = 40
 PAGE = 4096
-
-
-@pytest.fixture(scope="module")
-def make(tiny: Path, records: Path) -> MakeRecipe:
-    return recipes(tiny, records)
 
 
 def recipe_of(make: MakeRecipe, run: Path, **changes: Any) -> Recipe:

@@ -20,7 +20,7 @@ import torch
 from deadpan.config.schema import Recipe
 from deadpan.train import state
 from forked import EVALUATING, OPENING, SAVING, STEPPING, ForkedRun, exit_code, fork_ranks
-from training import MakeRecipe, logged, recipes
+from training import MakeRecipe, logged
 
 KILLS = 30
 STEPS = 60
@@ -28,11 +28,6 @@ CLOCK_AND_MEMORY = {
     "samples_per_second", "tokens_per_second", "data_wait_fraction", "memory_gib",
     "evaluation_seconds",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def make(tiny: Path, records: Path) -> MakeRecipe:
-    return recipes(tiny, records)
 
 
 def recipe_of(make: MakeRecipe, run: Path, **changes: Any) -> Recipe:

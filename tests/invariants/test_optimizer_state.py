@@ -13,14 +13,9 @@ from deadpan.models import lora
 from deadpan.train import optimizers, state
 from deadpan.train.loop import Trainer
 from deadpan.train.watcher import Watcher
-from training import SETTINGS, MakeRecipe, SignalAfter, identical, logged, recipes, result_of, train
+from training import SETTINGS, MakeRecipe, SignalAfter, identical, logged, result_of, train
 
 NAMES = ("adamw", "dadapt_adam", "prodigy", "schedulefree_adamw")
-
-
-@pytest.fixture(scope="module")
-def make(tiny: Path, records: Path) -> MakeRecipe:
-    return recipes(tiny, records)
 
 
 def recipe_for(make: MakeRecipe, run: Path, name: str, **changes: Any) -> Recipe:

@@ -103,6 +103,15 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, out, error
 
 
+def assert_same_weights(runs: Path, atol: float) -> None:
+    one, two = (
+        load_file(runs / name / "latest/adapter_model.safetensors") for name in ("one", "two")
+    )
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert torch.allclose(tensor, two[name], rtol=0, atol=atol), name
+
+
 def test_two_processes_are_one_with_twice_the_accumulation(
     make: MakeRecipe, data: Path, tmp_path: Path
 ) -> None:
@@ -127,12 +136,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(
     assert samples[0] == samples[1]
     for before, after in zip(*map(evaluations, (tmp_path / "one", tmp_path / "two")), strict=True):
         assert after["eval_loss"] == pytest.approx(before["eval_loss"], abs=1e-6)
-    weights = [
-        load_file(tmp_path / name / "latest/adapter_model.safetensors") for name in ("one", "two")
-    ]
-    assert weights[0].keys() == weights[1].keys()
-    for name, tensor in weights[0].items():
-        assert torch.allclose(tensor, weights[1][name], rtol=0, atol=1e-6), name
+    assert_same_weights(tmp_path, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -179,12 +183,7 @@ def test_in_parts_it_is_the_same_run_and_goes_on_as_it_was(
     for before, after in zip(*map(evaluations, (tmp_path / "one", tmp_path / "two")), strict=True):
         assert after["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-6)
     # Whole, under PEFT's names: what reads one checkpoint reads the other.
-    weights = [
-        load_file(tmp_path / name / "latest/adapter_model.safetensors") for name in ("one", "two")
-    ]
-    assert weights[0].keys() == weights[1].keys()
-    for name, tensor in weights[0].items():
-        assert torch.allclose(tensor, weights[1][name], rtol=0, atol=1e-5), name
+    assert_same_weights(tmp_path, atol=1e-5)
 
     shutil.copytree(tmp_path / "two", tmp_path / "again", symlinks=True)
     again = two.model_copy(update={"run": str(tmp_path / "again")})

@@ -21,14 +21,9 @@ from deadpan.train.memory import Meter
 from deadpan.train.model import TrainingLoss
 from deadpan.train.rehearsal import Rehearsal
 from deadpan.train.watcher import Watcher
-from training import MakeRecipe, course, identical, recipes, result_of, train
+from training import MakeRecipe, course, identical, result_of, train
 
 AUTO: dict[str, Any] = {"micro_batch_size": "auto", "samples_per_step": 4, "max_steps": 3}
-
-
-@pytest.fixture(scope="module")
-def make(tiny: Path, records: Path) -> MakeRecipe:
-    return recipes(tiny, records)
 
 
 @pytest.fixture

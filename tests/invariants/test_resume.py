@@ -19,14 +19,9 @@ from deadpan.errors import DeadpanError
 from deadpan.train import state
 from deadpan.train.watcher import Watcher
 from forked import fork
-from training import SETTINGS, MakeRecipe, SignalAfter, course, identical, recipes, result_of, train
+from training import SETTINGS, MakeRecipe, SignalAfter, course, identical, result_of, train
 
 LAST = 6
-
-
-@pytest.fixture(scope="module")
-def make(tiny: Path, records: Path) -> MakeRecipe:
-    return recipes(tiny, records)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from deadpan.data.records import Record, Turn
 from deadpan.errors import DeadpanError
 from deadpan.evaluate.choices import TASKS, ChoiceQuestion, QuestionSet, draw, read, results
 from deadpan.evaluate.statistics import Items, metric
+from deadpan.report.words import bilingual
 
 QUESTION = Turn("human", "<image>\n说")
 
@@ -106,6 +107,7 @@ def test_a_caption_is_the_first_wrong_option() -> None:
         (some(6, 1, starred=False), {"5T2": "no picture has 2", "ranking": "have no stars"}),
         (some(6, 4), {"ranking": "no picture has 5 answers whose stars are known and differ"}),
         ([record(n, f"{n}-{k}", 5) for n in range(6) for k in range(6)], {"ranking": "differ"}),
+        (some(1, 2), dict.fromkeys(["2T1", "3T1", "4T1", "5T2"], "not") | {"ranking": "5 answers"}),
         (some(2, 2), {"3T1": "not 2", "4T1": "not 3", "5T2": "not 3", "ranking": "5 answers"}),
     ],
 )
@@ -115,6 +117,8 @@ def test_what_the_records_cannot_carry_is_skipped_with_the_reason(
     found = draw(records).skipped
     assert found.keys() == skipped.keys()
     assert all(part in found[task] for task, part in skipped.items())
+    for reason in found.values():
+        assert bilingual(reason).zh != reason
 
 
 def test_five_of_equal_likes_are_never_ranked() -> None:
@@ -136,6 +140,14 @@ def test_the_seed_draws_and_a_file_keeps(tmp_path: Path) -> None:
     path.write_text('{"id": 1}\n')
     with pytest.raises(DeadpanError, match="does not hold questions"):
         read(path)
+    with pytest.raises(DeadpanError, match="cannot be read: No such file"):
+        read(tmp_path / "gone.jsonl")
+
+
+def test_an_answer_may_hold_a_line_separator(tmp_path: Path) -> None:
+    drawn = draw([record(n, f"第一行\u2028第{n}行", None) for n in range(6)])
+    drawn.write(tmp_path / "questions.jsonl")
+    assert read(tmp_path / "questions.jsonl") == drawn
 
 
 def test_one_who_knows_is_always_right() -> None:

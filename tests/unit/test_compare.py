@@ -25,6 +25,7 @@ from deadpan.evaluate.answers import ask as put
 from deadpan.evaluate.evaluation import VERBATIM, Evaluation
 from deadpan.evaluate.kept import Kept
 from deadpan.report.curves import Curve
+from deadpan.report.words import Bilingual
 from deadpan.train.run_folder import run_of
 from deadpan.train.split import learned
 
@@ -106,6 +107,10 @@ def test_pictures_of_a_folder_are_found_and_a_broken_one_is_named(
         find_pictures([tmp_path / "empty"], "问题")
     with pytest.raises(DeadpanError, match="no such picture"):
         find_pictures([tmp_path / "absent"], "问题")
+    for name in ("nano:held-out", "records.jsonl"):
+        with pytest.raises(DeadpanError, match="These are records") as caught:
+            find_pictures([Path(name)], "问题")
+        assert str(caught.value.fix).startswith(f"--data {name} instead")
 
 
 def test_a_run_is_known_by_its_checkpoints_and_exports(tmp_path: Path) -> None:
@@ -148,32 +153,40 @@ def test_a_run_that_lost_its_recipe_and_log_is_still_a_teller(tiny: Path, tmp_pa
     assert teller.tuned
     assert teller.learned is teller.curve is None
     recipe, curve = teller.notes
-    assert recipe.startswith("one: its recipe cannot be read")
-    assert "unknown_key" in recipe
-    assert "no log" in curve
+    assert recipe.en.startswith("one: its recipe cannot be read: ")
+    assert recipe.zh.startswith("one：读不出它的配方：")
+    for text in (recipe.en, recipe.zh):
+        assert "unknown_key" in text
+    assert "no log" in curve.en
     (tmp_path / "recipe.yaml").write_text("model: nano\ndata: {train: gone.json}\n")
     learned, _ = about("one", tiny, tmp_path).notes
-    assert "training answers are not marked" in learned
-    assert "gone.json" in learned
+    assert "training answers are not marked" in learned.en
+    assert "gone.json" in learned.en
 
 
 def test_tellers_of_one_run_share_its_curve_and_what_is_missing_of_runs_is_said() -> None:
     def column(label: str, run: str, skipped: dict[str, str]) -> Column:
         curve = Curve(run, Path(run), (1,), (2.0,), (), (), None, None)
-        teller = Teller(label, Path(), {}, True, None, curve, [f"{label} lacks its records"])
+        lacking = Bilingual(f"{label} lacks its records", f"{label}没有数据")
+        teller = Teller(label, Path(), {}, True, None, curve, [lacking])
         return Column(teller, [], Evaluation(1, (), skipped))
 
+    no_stars = "the records have no stars"
     columns = [
-        column("early", "a", {"ranking": "no stars", "verbatim": "not known"}),
-        column("other", "b", {"ranking": "no stars"}),
-        column("late", "a", {"ranking": "no stars", "verbatim": "not known"}),
+        column("early", "a", {"ranking": no_stars, "verbatim": "not known"}),
+        column("other", "b", {"ranking": no_stars}),
+        column("late", "a", {"ranking": no_stars, "verbatim": "not known"}),
     ]
-    page = page_of(title="", asked=[], columns=columns, settings={}, notes=["torn.png is torn"])
+    torn = Bilingual("torn.png is torn", "torn.png 坏了")
+    page = page_of(title="", asked=[], columns=columns, settings={}, notes=[torn])
     assert [curve.name for curve in page.curves] == ["early, late", "other"]
     assert [teller.curve for teller in page.tellers] == [0, 1, 0]
-    assert page.notes == ["torn.png is torn", *(n for c in columns for n in c.teller.notes)]
+    assert page.notes == [torn, *(n for c in columns for n in c.teller.notes)]
     # Once for all tellers, or with the names of those that it holds for.
-    assert page.skipped == [("ranking", "no stars"), ("verbatim", "early, late: not known")]
+    assert page.skipped == [
+        ("ranking", Bilingual(no_stars, "数据没有点赞数")),
+        ("verbatim", Bilingual("early, late: not known", "early, late：not known")),
+    ]
 
 
 def test_answers_are_marked_by_what_their_own_teller_was_trained_on(pictures: list[Path]) -> None:

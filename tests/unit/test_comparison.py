@@ -60,7 +60,7 @@ def page(pictures: list[Path], *answers: tuple[tuple[Said, ...], ...]) -> Compar
         skipped=(("ranking", "the records have no stars"),),
         settings={"decoding": "greedy", "seed": "7"},
         version="1.2.3",
-        notes=("Something is missing.",),
+        notes=(Bilingual("Something is missing.", "少了东西。"),),
         curves=(CURVE,),
     )
 
@@ -92,10 +92,12 @@ def test_every_picture_stands_with_what_every_teller_said(pictures: list[Path]) 
         "chance",
         "not measured:",
         "the records have no stars",
+        "数据没有点赞数",
         "What they say.",
         "各说了什么。",
         "讲一个笑话",
         "Something is missing.",
+        "少了东西。",
         "deadpan 1.2.3",
         "greedy",
     ):

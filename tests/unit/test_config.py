@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from deadpan.config.keys import keys
 from deadpan.config.loader import bundled, bundled_text, dump_recipe, load_recipe
-from deadpan.config.schema import Data, Evaluation, Optimizer, Recipe, keys
+from deadpan.config.schema import Data, Evaluation, Optimizer, Recipe
 from deadpan.errors import DeadpanError
 from deadpan.train.optimizers import learning_rate
 from deadpan.train.schedule import resolve
@@ -254,7 +255,7 @@ def test_bad_yaml_names_line_and_column(
     assert error.what == "The recipe is not valid YAML."
     assert error.where == f"{recipe_file}{place}"
     assert found in (error.found or "")
-    assert error.fix
+    assert ("tabs" in (error.fix or "")) == (found == r"'\t'")
 
 
 def test_bad_yaml_in_an_override_names_the_override(recipe_file: Path) -> None:
@@ -347,3 +348,11 @@ def test_a_shared_prefix_goes_with_the_fused_decoder_alone(
     error = refused(recipe_file, MINIMAL, "shared_prefix=true", f"{key}={value}")
     assert error.what == "The recipe's key 'shared_prefix' has a wrong value."
     assert (error.expected or "").startswith(f"false with {key}: {value}")
+
+
+def test_the_folder_of_a_run_is_told_where_its_recipe_is(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(MINIMAL)
+    with pytest.raises(DeadpanError) as caught:
+        load_recipe(tmp_path)
+    assert caught.value.found == "a folder"
+    assert caught.value.fix == f"the recipe of this run is {tmp_path / 'recipe.yaml'}"

@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 
 from deadpan.data.records import Turn
-from deadpan.evaluate.answers import Answer, Question
+from deadpan.errors import DeadpanError
+from deadpan.evaluate.answers import Answer, Question, read, write
 from deadpan.evaluate.evaluation import evaluate
 from deadpan.evaluate.form import Grounding, is_description, is_joke_form
 from deadpan.evaluate.memorisation import nearly_verbatim, verbatim
+from deadpan.report.words import bilingual
 
 
 @pytest.mark.parametrize(
@@ -58,4 +60,20 @@ def test_an_evaluation_counts_answers() -> None:
     assert figures.skipped == {}
     whole = evaluate([Question((), turns, (), {}, "x")], answers[:1])
     assert whole.skipped.keys() == {"grounded", "verbatim from training"}
+    assert all(bilingual(reason).zh != reason for reason in whole.skipped.values())
     assert whole.get("held-out loss") is None
+
+
+def test_answers_are_read_back_whatever_they_hold(tmp_path: Path) -> None:
+    answers = [
+        Answer("猫.png", "?", "第一行\u2028第二行\n第三行", True),
+        Answer("", "?", "", False),
+    ]
+    path = tmp_path / "new" / "answers.jsonl"
+    write(answers, path)
+    assert read(path) == answers
+    with pytest.raises(DeadpanError, match="cannot be read: No such file"):
+        read(tmp_path / "gone.jsonl")
+    path.write_bytes(b'{"picture": "\xff"}\n')
+    with pytest.raises(DeadpanError, match="not an answer"):
+        read(path)

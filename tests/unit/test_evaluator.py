@@ -17,7 +17,7 @@ from deadpan.teller import Teller
 from deadpan.train.evaluation import Figures, interval, judge
 from deadpan.train.state import Evaluations
 from deadpan.train.watcher import Watcher
-from training import MakeRecipe, evaluations, logged, recipes, train
+from training import MakeRecipe, evaluations, logged, train
 
 
 def figures(held_out: float, training: float, share: float | None = None) -> Figures:
@@ -97,11 +97,6 @@ class Witness(Watcher):
 
     def memorising(self, step: int, reason: str) -> None:
         self.warnings.append((step, reason))
-
-
-@pytest.fixture(scope="module")
-def make(tiny: Path, records: Path) -> MakeRecipe:
-    return recipes(tiny, records)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,15 @@
 import io
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from rich.console import Console
 
 from deadpan.processing.processor import Size
+from deadpan.train import evaluation, validation
 from deadpan.train.forecast import Forecast, Load, Memory, Pace, Trial, heaviest, load_of, split
 from deadpan.train.forecast_table import duration, tables
 from deadpan.train.plan import MicroBatch, Plan
@@ -125,10 +129,62 @@ def test_the_tables_tell_memory_and_time_on_eighty_columns() -> None:
         "CUDA context 0.50 beside it, with other programs' memory",
         "fits: 15.00 GiB of 20.00 available, 19.00 to plan with",
         "speed 2.00 samples/s 225 tokens/s, from 2 of its steps",
-        "the whole run 13 min 20 s and what saving and evaluating take",
+        "the whole run 13 min 20 s and what saving takes",
     ):
         assert row in lines
+    assert "evaluating" not in text
     assert "what to change" not in text
+
+
+def test_evaluations_are_part_of_the_run_and_not_of_its_speed() -> None:
+    whole = Load(samples=1600, tokens=180_000, computed=400_000)
+    pace = Pace(2, 8.0, Load(32, 3_000, 4_000), whole, evaluations=9, evaluation_seconds=70.0)
+    assert (pace.training_seconds, pace.run_seconds) == (800.0, 800.0 + 9 * 70.0)
+    lines = [" ".join(line.split()) for line in shown(of_gib(6, pace=pace)).splitlines()]
+    for row in (
+        "speed 2.00 samples/s 225 tokens/s, from 2 of its steps",
+        "training 13 min 20 s",
+        "evaluating 10 min 30 s 9 times 1 min 10 s",
+        "the whole run 23 min 50 s and what saving takes",
+    ):
+        assert row in lines
+
+
+def test_the_loss_of_many_held_out_records_is_reckoned_from_a_sample(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, taken = 100.0, []
+
+    class Evaluator:
+        def __init__(self, *arguments: Any) -> None:
+            self._held_out = arguments[4]
+
+        def evaluate(self, progress: Callable[[int, int], None]) -> None:
+            nonlocal clock
+            taken.extend(self._held_out)
+            for done in range(1, len(self._held_out) + 1):
+                clock += 0.5
+                progress(done, 50)
+            clock += 7.0  # training records and pictures, of which there are always as many
+            progress(50, 50)
+
+    monkeypatch.setattr(evaluation, "Evaluator", Evaluator)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock)
+    trainer: Any = MagicMock(held_out=range(1000))
+    trainer.recipe.seed = 0
+    assert validation.seconds(trainer, 40) == 1000 * 0.5 + 7.0
+    assert len(set(taken)) == 40
+    assert validation.seconds(trainer, 2000) == 1000 * 0.5 + 7.0
+
+
+@pytest.mark.parametrize(
+    ("held_out", "done", "count"), [(5, 0, 3), (5, 3, 2), (5, 6, 1), (5, 7, 0), (0, 0, 0)]
+)
+def test_the_evaluations_to_come_are_counted(held_out: int, done: int, count: int) -> None:
+    trainer: Any = MagicMock(held_out=range(held_out))
+    trainer.plan.steps = 7  # of which steps 3, 6 and the last are evaluated
+    trainer.recipe.evaluation.every_steps = 3
+    assert validation.count_after(trainer, done) == count
 
 
 def test_what_does_not_fit_says_what_to_change_and_how_that_is_known() -> None:

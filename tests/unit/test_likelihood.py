@@ -64,7 +64,7 @@ def test_models_meet_the_same_questions_and_are_compared(
     tiny: Path, records: Path, tmp_path: Path
 ) -> None:
     options = ["--device", "cpu", "--max-new-tokens", "4"]
-    kept, out = tmp_path / "questions.jsonl", tmp_path / "figures.json"
+    kept, out = tmp_path / "questions.jsonl", tmp_path / "new" / "figures.json"
     one = ["evaluate", tiny, records, "--questions-out", kept, "--answers", tmp_path / "said.jsonl"]
     two = ["evaluate", tiny, f"{tiny}/.", records, "--questions", kept, "--out", out]
     for command in (one, two):
@@ -86,3 +86,20 @@ def test_models_meet_the_same_questions_and_are_compared(
     refusal = CliRunner().invoke(app, refused).exception
     assert isinstance(refusal, DeadpanError)
     assert "are not about these records" in refusal.what
+
+
+@pytest.mark.parametrize("option", ["--out", "--answers", "--questions-out"])
+def test_what_could_not_be_written_is_not_computed(
+    records: Path, tmp_path: Path, option: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    command = ["evaluate", "no-such-model", records, option, tmp_path / "file" / "x.json"]
+    refusal = CliRunner().invoke(app, [*map(str, command)]).exception
+    assert isinstance(refusal, DeadpanError)
+    assert "cannot be written there" in refusal.what
+
+
+def test_a_model_is_not_compared_with_itself(records: Path) -> None:
+    refusal = CliRunner().invoke(app, ["evaluate", "nano", "nano", str(records)]).exception
+    assert isinstance(refusal, DeadpanError)
+    assert refusal.what == "A model is named twice."

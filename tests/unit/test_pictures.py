@@ -51,8 +51,8 @@ def test_alpha_is_dropped_and_orientation_ignored(tmp_path: Path) -> None:
 
 
 def test_a_missing_picture(tmp_path: Path) -> None:
-    for path in (tmp_path / "gone.png", tmp_path):
-        with pytest.raises(PictureError, match="missing") as caught:
+    for path, trouble in ((tmp_path / "gone.png", "is missing"), (tmp_path, "is a folder")):
+        with pytest.raises(PictureError, match=trouble) as caught:
             open_picture(path)
         assert caught.value.where == str(path)
 

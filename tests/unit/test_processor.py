@@ -182,6 +182,8 @@ def test_the_policy_is_the_checkpoints_own(tiny: Path, tmp_path: Path) -> None:
     processor = load_processor(tiny)
     assert processor.tile_policy == TilePolicy(56, 1, 12, thumbnail=True, tokens_per_tile=4)
     assert processor.template == TEMPLATES["internlm2-chat"]
+    with pytest.raises(DeadpanError, match="max_tiles is out of range"):
+        load_processor(tiny, max_tiles=0)
     assert load_processor(tiny, max_tiles=6).tile_policy == replace(
         processor.tile_policy, max_tiles=6
     )

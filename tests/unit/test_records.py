@@ -1,4 +1,5 @@
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,31 @@ def test_bytes_that_are_not_utf8_are_found_by_line(tmp_path: Path) -> None:
     with pytest.raises(DeadpanError) as caught:
         read(path)
     assert (caught.value.where, caught.value.found) == (f"{path} line 3", "byte 0xff at offset 5")
+
+
+@pytest.mark.parametrize("encoding", ["GB18030", "UTF-16"])
+def test_the_conversion_that_is_offered_makes_a_file_that_is_read(
+    tmp_path: Path, encoding: str
+) -> None:
+    folder = tmp_path / "我的 数据"
+    folder.mkdir()
+    path = folder / "训练 集.json"
+    path.write_text(json.dumps([sample()], ensure_ascii=False), encoding=encoding)
+    with pytest.raises(DeadpanError) as caught:
+        read(path)
+    assert caught.value.fix is not None
+    subprocess.run(caught.value.fix.partition(" (")[0], shell=True, check=True)
+    # In the same folder, since the paths of its pictures start there.
+    records, problems = read(folder / "训练 集.utf8.json")
+    assert (records[0].turns[1].text, problems) == (sample()["conversations"][1]["value"], [])
+
+
+def test_an_object_around_the_records_is_named_by_its_keys(tmp_path: Path) -> None:
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps({"data": [sample()]}, indent=1))
+    with pytest.raises(DeadpanError) as caught:
+        read(path)
+    assert caught.value.found == "one JSON object with the keys ['data']"
 
 
 QUESTION, ANSWER = SOUND

@@ -12,7 +12,9 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from deadpan.engines.base import GenerationSettings, Joke, Request
+from deadpan.errors import DeadpanError
 from deadpan.serve.app import create_app
+from deadpan.serve.server import listen
 from deadpan.serve.tellers import Tellers
 from echo import Echo
 
@@ -440,3 +442,9 @@ def test_a_request_is_built_of_pictures_in_their_order(client: TestClient, engin
     request: Request = engine.requests[0]
     assert [image.size for image in request.images] == [(3, 1), (2, 1)]
     assert request.turns[0].text == "<image>\nq<image>\n"
+
+
+def test_an_address_of_another_machine_cannot_be_listened_on() -> None:
+    with pytest.raises(DeadpanError, match="cannot be listened on") as caught:
+        listen("203.0.113.1", 0)
+    assert "--host" in str(caught.value.fix)

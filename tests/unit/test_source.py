@@ -89,6 +89,20 @@ def test_a_run_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DeadpanError, match="no checkpoint yet") as raised:
         resolve(run)
     assert raised.value.where == str(run)
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "metrics.jsonl").write_text("")
+    with pytest.raises(DeadpanError, match="no checkpoint yet"):
+        resolve(begun)
+
+
+def test_a_folder_of_runs_is_told_to_name_one(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", "latest")
+    with pytest.raises(DeadpanError, match="holds runs") as raised:
+        resolve(tmp_path)
+    assert raised.value.fix == f"name one, such as {tmp_path / 'run'}"
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve(tmp_path) == tmp_path
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,7 @@ import pytest
 from deadpan.config.schema import Recipe
 from deadpan.errors import DeadpanError
 from deadpan.train.start import with_adapter
-from training import MakeRecipe, recipes, train
-
-
-@pytest.fixture(scope="module")
-def make(tiny: Path, records: Path) -> MakeRecipe:
-    return recipes(tiny, records)
+from training import MakeRecipe, train
 
 
 @pytest.fixture(scope="module")

@@ -136,6 +136,8 @@ def test_scores_come_in_the_order_of_the_choices(teller: Teller, pictures: list[
     assert teller.score(pictures[0], choices[::-1]) == scores[::-1]
     assert scores == teller.engine.score(request(pictures[0], PROMPT), choices)
     assert teller.score(None, choices) != scores
+    with pytest.raises(DeadpanError, match="one text"):
+        teller.score(pictures[0], choices[0])
     assert all(score < 0 for score in scores)
 
 

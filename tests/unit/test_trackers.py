@@ -9,14 +9,9 @@ from accelerate.tracking import GeneralTracker
 
 from deadpan.errors import DeadpanError
 from deadpan.train import trackers
-from training import MakeRecipe, SignalAfter, logged, recipes, train
+from training import MakeRecipe, SignalAfter, logged, train
 
 OTHERS = ["wandb", "swanlab", "mlflow", "trackio"]
-
-
-@pytest.fixture(scope="module")
-def make(tiny: Path, records: Path) -> MakeRecipe:
-    return recipes(tiny, records)
 
 
 @pytest.fixture

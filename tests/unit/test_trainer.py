@@ -22,7 +22,7 @@ from deadpan.train import state
 from deadpan.train.loop import Trainer
 from deadpan.train.rehearsal import Rehearsal
 from deadpan.train.watcher import Watcher
-from training import MakeRecipe, SignalAfter, course, identical, logged, recipes, result_of, train
+from training import MakeRecipe, SignalAfter, course, identical, logged, result_of, train
 
 
 class Diary(Watcher):
@@ -42,11 +42,6 @@ class Diary(Watcher):
 
     def stepped(self, metrics: dict[str, Any]) -> None:
         self.events.append(f"step {metrics['step']}")
-
-
-@pytest.fixture(scope="module")
-def make(tiny: Path, records: Path) -> MakeRecipe:
-    return recipes(tiny, records)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +119,27 @@ def test_a_fresh_run_never_overwrites_another(finished: Path, make: MakeRecipe) 
     assert error.what == "The run folder holds a run already."
     assert (error.where, error.found) == (str(finished), "checkpoints up to step-000003")
     assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_place_that_cannot_be_written_is_told_before_a_record_is_looked_at(
+    make: MakeRecipe, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    diary = Diary()
+    with pytest.raises(DeadpanError, match="The run folder cannot be written there") as caught:
+        train(make(tmp_path / "file" / "run"), watcher=diary)
+    assert caught.value.found == f"{tmp_path / 'file'} is no folder"
+    assert diary.events == []
+
+
+def test_a_mistake_in_the_validation_file_is_told_before_a_record_is_looked_at(
+    make: MakeRecipe, tmp_path: Path
+) -> None:
+    diary = Diary()
+    recipe = make(tmp_path / "run", data={"validation": tmp_path / "gone.json"})
+    with pytest.raises(DeadpanError, match="The file of records does not exist"):
+        train(recipe, watcher=diary)
+    assert diary.events == []
 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_afresh(

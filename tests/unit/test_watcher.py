@@ -48,7 +48,9 @@ def test_the_end_of_a_run_shows_loss_speed_memory_and_every_stage(samples: list[
 
 
 def test_records_left_out_are_counted(samples: list[Record]) -> None:
-    assert "left out 2 records that are too long" in drawn(samples, skipped=2)
+    assert "left out 2 records for being too long" in drawn(samples, skipped=2)
+    text = drawn(samples, skipped=3, last=1)
+    assert "1 record, 1,000 tokens an epoch, longest 1,000; 4 steps of 1 sample" in text
 
 
 def test_a_resumed_run_says_where_it_goes_on(samples: list[Record]) -> None:

@@ -5,9 +5,10 @@ from typing import get_args
 import pytest
 import yaml
 
+from deadpan.config.keys import keys
 from deadpan.config.ledger import Translation
 from deadpan.config.loader import load_recipe
-from deadpan.config.schema import Optimizer, keys
+from deadpan.config.schema import Optimizer
 from deadpan.config.xtuner import OPTIMIZERS, LoraFacts, import_config, lora_facts
 from deadpan.errors import DeadpanError
 from xtuner import CONFIG

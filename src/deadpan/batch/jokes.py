@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from deadpan.batch.pictures import Item
 from deadpan.errors import DeadpanError
+from deadpan.evaluate.kept import whole_lines
 from deadpan.train.state import write_whole
 
 _CALLED = {"weights": "the model's weights"}
@@ -70,7 +71,9 @@ class Jokes:
         with _writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             for path in files:
-                _mend(path)
+                with path.open("r+b") as file:
+                    _lock(file, path)
+                    whole_lines(file)
             if not self._record.is_file():
                 text = json.dumps(self._settings, ensure_ascii=False, indent=2)
                 write_whole(self._record, text + "\n")
@@ -184,14 +187,6 @@ def _picture(item: Item) -> str | list[str]:
 
 def _text(line: Mapping[str, Any]) -> str:
     return json.dumps(line, ensure_ascii=False) + "\n"
-
-
-def _mend(path: Path) -> None:
-    """Cut off what a kill has left of a line."""
-    with path.open("r+b") as file:
-        _lock(file, path)
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
 
 
 def _lock(file: IO[bytes] | FileIO, path: Path) -> None:

@@ -54,12 +54,20 @@ def resolve(model: str | Path) -> Path:
     if folder.name in _LINKS and (folder.parent / "checkpoints").is_dir():
         folder = _pointed(folder) or folder
     if folder.is_dir():
-        if (folder / "checkpoints").is_dir():
+        if _is_run(folder):
             for name in _LINKS:
                 if (pointed := _pointed(folder / name)) is not None:
                     return pointed
             raise DeadpanError(
                 "The run has no checkpoint yet.", where=folder, fix="train it further first"
+            )
+        if not (folder / "config.json").exists() and (
+            runs := list(filter(_is_run, _within(folder)))
+        ):
+            raise DeadpanError(
+                "The folder holds runs, and is no model itself.",
+                where=folder,
+                fix=f"name one, such as {max(runs, key=lambda run: run.stat().st_mtime)}",
             )
         return folder
     # `runs/...` is where runs are by default: a typo there should not be looked up on the Hub.
@@ -75,6 +83,16 @@ def resolve(model: str | Path) -> Path:
             found=f"no folder {folder.absolute()}",
         )
     return download(str(model))
+
+
+def _is_run(folder: Path) -> bool:
+    # Before its first checkpoint it has a log.
+    begun = (folder / "metrics.jsonl").is_file() and not (folder / "config.json").exists()
+    return (folder / "checkpoints").is_dir() or begun
+
+
+def _within(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_dir()]
 
 
 def _pointed(link: Path) -> Path | None:

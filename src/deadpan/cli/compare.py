@@ -144,7 +144,7 @@ def compare(
     if data is not None:
         print_figures({c.teller.label: c.evaluation for c in columns if c.evaluation is not None})
     for note in (note for column in columns for note in column.teller.notes):
-        typer.secho(f"note: {note}", fg=typer.colors.YELLOW, err=True)
+        typer.secho(f"note: {note.en}", fg=typer.colors.YELLOW, err=True)
     for error in found.broken:
         typer.secho(f"not asked about: {error}", fg=typer.colors.RED, err=True)
     typer.echo(f"wrote {out}")

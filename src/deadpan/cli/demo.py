@@ -1,5 +1,6 @@
 """`deadpan demo`."""
 
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +49,7 @@ def demo(
     typer.echo()
     print_figures(story.figures)
     typer.echo(f"\n{story.seconds():.0f} s in all. Look at {report} in a browser.")
-    typer.echo(f"hear it: deadpan tell {out / 'model'} PICTURE")
+    typer.echo(f"hear it: deadpan tell {shlex.quote(str(out / 'model'))} PICTURE")
 
 
 class _Telling:

@@ -206,7 +206,7 @@ def _engines() -> list[Check]:
         if version := environment.installed(name):
             checks.append(Check(name, "ok", version))
         else:
-            fix = f"optional: pip install {name}"
+            fix = f"optional: {environment.INSTALL[name]}"
             checks.append(Check(name, "missing", "not installed", fix))
     return checks
 

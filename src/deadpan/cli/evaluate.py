@@ -74,10 +74,19 @@ def evaluate(
     Example: deadpan evaluate nano runs/demo/run nano:held-out --out figures.json
     """
     from deadpan.data.records import load as load_records
+    from deadpan.errors import DeadpanError, refuse_unwritable, writing
     from deadpan.evaluate import choices
     from deadpan.evaluate.answers import questions as questions_of
     from deadpan.evaluate.evaluation import differences
 
+    for model in models:
+        if models.count(model) > 1:
+            raise DeadpanError(
+                "A model is named twice.", found=model, fix="name each model that is compared once"
+            )
+    for what, file in (("figures", out), ("answers", answers_out), ("questions", questions_out)):
+        if file is not None:
+            refuse_unwritable(what, file)
     records = load_records(data, images)
     asked = questions_of(records)
     if questions is not None:
@@ -115,7 +124,8 @@ def evaluate(
             },
         }
         text = json.dumps(figures, ensure_ascii=False, indent=2)
-        out.write_text(text + "\n", encoding="utf-8")
+        with writing("figures", out):
+            out.write_text(text + "\n", encoding="utf-8")
     print_figures(found)
     for model, against in compared.items():
         _print_differences(models[0], model, against)

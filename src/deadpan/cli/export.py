@@ -1,5 +1,6 @@
 """`deadpan export`."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -82,4 +83,4 @@ def export(
             f"by {trained['max_logit_difference']:.3g}, same likeliest token at "
             f"{trained['same_argmax']:.1%}; --merge-into trained would keep it"
         )
-    typer.echo(f"hear it: deadpan tell {out} PICTURE")
+    typer.echo(f"hear it: deadpan tell {shlex.quote(str(out))} PICTURE")

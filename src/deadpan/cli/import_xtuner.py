@@ -1,5 +1,6 @@
 """`deadpan import-xtuner`."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -57,4 +58,4 @@ def import_xtuner(
     typer.echo(
         "XTuner trained it with a system sentence of its own; here it is asked with the base model's"
     )
-    typer.echo(f"hear it: deadpan tell {out} PICTURE")
+    typer.echo(f"hear it: deadpan tell {shlex.quote(str(out))} PICTURE")

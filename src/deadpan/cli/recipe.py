@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from deadpan.errors import DeadpanError
+from deadpan.errors import DeadpanError, writing
 
 app = typer.Typer(
     help="List, show, copy and import recipes: what a training run is made of.",
@@ -108,12 +108,5 @@ def _write(target: Path, text: str, force: bool) -> None:
             where=target,
             fix="choose another place, or overwrite it with --force",
         )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with writing("recipe", target, "choose a folder that you may write to"):
         target.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DeadpanError(
-            f"The recipe cannot be written: {error.strerror}.",
-            where=target,
-            fix="choose a folder that you may write to",
-        ) from None

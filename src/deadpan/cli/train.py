@@ -1,5 +1,6 @@
 """`deadpan train`."""
 
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -92,7 +93,7 @@ def train(
     if result.best is not None:
         step, loss = result.best
         typer.echo(f"best: step {step}, held-out loss {loss:.4f}; this is the one that is heard")
-    typer.echo(f"hear it: deadpan tell {result.run} PICTURE")
+    typer.echo(f"hear it: deadpan tell {shlex.quote(str(result.run))} PICTURE")
 
 
 def _print_forecast(recipe: "Recipe", resume: bool | str, as_json: bool) -> None:

@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from deadpan import __version__
+from deadpan import __version__, nano
 from deadpan.batch.pictures import Item, find
 from deadpan.checkpoints.digest import weights_digest
 from deadpan.checkpoints.load import choose_device, choose_dtype
 from deadpan.compare.page import Column, page_of
-from deadpan.compare.tellers import Teller, told
+from deadpan.compare.tellers import Teller, with_error
 from deadpan.data.pictures import PictureError, open_picture
 from deadpan.data.records import Record
 from deadpan.engines.base import GenerationSettings
@@ -20,7 +20,10 @@ from deadpan.evaluate.evaluation import Evaluation, evaluate
 from deadpan.evaluate.hearing import Asking, Bars, Heard, hear
 from deadpan.evaluate.kept import Kept
 from deadpan.report import comparison
+from deadpan.report.words import Bilingual
 from deadpan.teller import check_number
+
+_BROKEN = Bilingual("broken, and shown to no teller", "图片损坏，没有给任何模型看")
 
 
 @dataclass(frozen=True)
@@ -83,16 +86,19 @@ def find_pictures(places: Sequence[Path], prompt: str) -> Pictures:
         prompt: What to ask about each.
 
     Raises:
-        DeadpanError: If there is no such file or folder, or a folder holds no picture.
+        DeadpanError: If there is no such file or folder, it is records, or a folder holds no picture.
     """
     items: dict[Path, Item] = {}
     for place in places:
-        if not place.exists():
+        if str(place) in nano.RECORDS or place.suffix in (".json", ".jsonl"):
             raise DeadpanError(
-                "There is no such picture or folder of pictures.",
+                "These are records, and not a picture.",
                 where=place,
-                fix="records, such as nano:held-out, go to --data; its pictures are shown by default",
+                expected="a picture, or a folder of pictures",
+                fix=f"--data {place} instead of --pictures shows the pictures of the records",
             )
+        if not place.exists():
+            raise DeadpanError("There is no such picture or folder of pictures.", where=place)
         one = [Item(str(place), (str(place),), (place,), prompt)]
         for item in find(place, prompt) if place.is_dir() else one:
             items.setdefault(item.paths[0].resolve(), item)
@@ -156,7 +162,7 @@ def compare(plan: Plan, out: Path, bars: Callable[[str], Bars]) -> list[Column]:
         asked=asking.questions,
         columns=columns,
         settings=_decoding(plan) | loaded_as | data,
-        notes=[f"broken, and shown to no teller: {told(error)}" for error in plan.pictures.broken],
+        notes=[with_error(_BROKEN, error) for error in plan.pictures.broken],
         language=plan.language,
     )
     comparison.write(page, out)

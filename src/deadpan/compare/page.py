@@ -13,7 +13,7 @@ from deadpan.evaluate.memorisation import sources, verbatim
 from deadpan.evaluate.statistics import Metric
 from deadpan.report import comparison
 from deadpan.report.curves import Curve
-from deadpan.report.words import Bilingual
+from deadpan.report.words import Bilingual, bilingual
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def page_of(
     columns: Sequence[Column],
     settings: Mapping[str, str],
     summary: Bilingual | str = "",
-    notes: Sequence[str] = (),
+    notes: Sequence[Bilingual] = (),
     language: comparison.Language = "en",
 ) -> comparison.Comparison:
     """Lay out what tellers said.
@@ -121,16 +121,22 @@ def _curves(named: Sequence[Teller]) -> dict[Path, Curve]:
     }
 
 
-def _skipped(evaluations: Mapping[str, Evaluation]) -> list[tuple[str, str]]:
+def _skipped(evaluations: Mapping[str, Evaluation]) -> list[tuple[str, Bilingual]]:
     """What could not be measured, and why; with the tellers' names where it is not all of them."""
     lacking: dict[tuple[str, str], list[str]] = {}
     for label, evaluation in evaluations.items():
         for task_and_reason in evaluation.skipped.items():
             lacking.setdefault(task_and_reason, []).append(label)
     return [
-        (task, reason if len(labels) == len(evaluations) else f"{', '.join(labels)}: {reason}")
+        (task, _of(labels if len(labels) < len(evaluations) else [], bilingual(reason)))
         for (task, reason), labels in lacking.items()
     ]
+
+
+def _of(labels: Sequence[str], text: Bilingual) -> Bilingual:
+    """A text with the names of those that it holds for, if there are any."""
+    names = ", ".join(labels)
+    return Bilingual(f"{names}: {text.en}", f"{names}：{text.zh}") if names else text
 
 
 def _cell(metric: Metric | None) -> comparison.Cell | None:

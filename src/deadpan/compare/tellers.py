@@ -12,6 +12,7 @@ from deadpan.config.loader import load_recipe
 from deadpan.config.schema import Recipe
 from deadpan.errors import DeadpanError
 from deadpan.report import curves
+from deadpan.report.words import Bilingual
 from deadpan.train.optimizers import learning_rate
 from deadpan.train.run_folder import run_of
 from deadpan.train.split import learned
@@ -39,7 +40,7 @@ class Teller:
     tuned: bool = False
     learned: Sequence[str] | None = None
     curve: curves.Curve | None = None
-    notes: Sequence[str] = ()
+    notes: Sequence[Bilingual] = ()
 
 
 def tellers(named: Sequence[str]) -> list[Teller]:
@@ -86,19 +87,28 @@ def about(label: str, model: str | Path, run: Path | None = None) -> Teller:
     facts["run"] = run.name
     if folder.parent.name == "checkpoints":
         facts["checkpoint"] = folder.name
-    notes: list[str] = []
+    notes: list[Bilingual] = []
     recipe = _tried(
-        lambda: load_recipe(run / "recipe.yaml"), f"{label}: its recipe cannot be read", notes
+        lambda: load_recipe(run / "recipe.yaml"),
+        Bilingual(f"{label}: its recipe cannot be read", f"{label}：读不出它的配方"),
+        notes,
     )
     answers = None
     if recipe is not None:
         facts |= _training(recipe)
         answers = _tried(
             lambda: learned(run),
-            f"{label}: training answers are not marked, for what it was trained on cannot be read",
+            Bilingual(
+                f"{label}: training answers are not marked, for what it was trained on cannot be read",
+                f"{label}：读不出训练数据，所以没有标出训练集原句",
+            ),
             notes,
         )
-    curve = _tried(lambda: curves.read(run), f"{label}: its loss curve cannot be drawn", notes)
+    curve = _tried(
+        lambda: curves.read(run),
+        Bilingual(f"{label}: its loss curve cannot be drawn", f"{label}：画不出 loss 曲线"),
+        notes,
+    )
     return Teller(label, folder, facts, True, answers, curve, notes)
 
 
@@ -119,19 +129,20 @@ def _label(named: str) -> tuple[str, str]:
     return path.name, named
 
 
-def _tried(make: Callable[[], _T], trouble: str, notes: list[str]) -> _T | None:
+def _tried(make: Callable[[], _T], trouble: Bilingual, notes: list[Bilingual]) -> _T | None:
     """A value; or None, and a note that says why there is none."""
     try:
         return make()
     except DeadpanError as error:
-        notes.append(f"{trouble}: {told(error)}")
+        notes.append(with_error(trouble, error))
         return None
 
 
-def told(error: DeadpanError) -> str:
-    """An error in a line."""
+def with_error(trouble: Bilingual, error: DeadpanError) -> Bilingual:
+    """What an error has led to, and the error in a line, which is in English as all errors are."""
     found = [text for label, text in error.details() if label in ("where", "found")]
-    return " ".join([error.what, *(f"({text})" for text in found)])
+    told = " ".join([error.what, *(f"({text})" for text in found)])
+    return Bilingual(f"{trouble.en}: {told}", f"{trouble.zh}：{told}")
 
 
 def _training(recipe: Recipe) -> dict[str, str]:

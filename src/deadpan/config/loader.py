@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import yaml
 from pydantic import ValidationError
 
-from deadpan.config.schema import CONTRADICTION, Recipe, keys
+from deadpan.config.keys import keys
+from deadpan.config.schema import CONTRADICTION, Recipe
 from deadpan.errors import DeadpanError, did_you_mean
 
 _TAG = "tag:yaml.org,2002:"
@@ -194,7 +195,9 @@ def _read(source: str | Path) -> tuple[str, str]:
             where=source,
             expected="a YAML file or the name of a bundled recipe",
             found="a folder" if path.is_dir() else None,
-            fix=did_you_mean(path.name.removesuffix(".yaml"), _bundled_names()),
+            fix=f"the recipe of this run is {path / 'recipe.yaml'}"
+            if (path / "recipe.yaml").is_file()
+            else did_you_mean(path.name.removesuffix(".yaml"), _bundled_names()),
         )
     try:
         return str(path), path.read_text(encoding="utf-8")
@@ -228,7 +231,9 @@ def _parse(text: str, where: str) -> Any:
         "The recipe is not valid YAML.",
         where=where + place,
         found=problem,
-        fix="check indentation and brackets; quote text that holds `: ` or ` #`",
+        fix="indent with spaces: YAML takes no tabs"
+        if problem and "'\\t'" in problem
+        else "check indentation and brackets; quote text that holds `: ` or ` #`",
     )
 
 

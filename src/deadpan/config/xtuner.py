@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from deadpan.config.keys import keys
 from deadpan.config.ledger import Ledger, Setting, Translation, in_words, within
 from deadpan.config.loader import parse_overrides, parse_recipe
-from deadpan.config.schema import Optimizer, keys
+from deadpan.config.schema import Optimizer
 from deadpan.config.static_python import read_file, read_text
 from deadpan.errors import DeadpanError
 

@@ -122,7 +122,7 @@ def _faults(
 
 
 def _fault(picture: Path) -> tuple[str, str] | None:
-    if not picture.is_file():
+    if not picture.exists():
         return "missing-picture", "the picture is missing"
     code = "unreadable-picture"
     try:
@@ -157,7 +157,7 @@ def _duplicate_ids(records: Iterable[Record]) -> list[Problem]:
         if record.id is not None:
             by_id[record.id].append(record)
     return [
-        _problem("duplicate-id", "error", same, f"{len(same)} records have the id {identifier!r}")
+        _problem("duplicate-id", "warning", same, f"{len(same)} records have the id {identifier!r}")
         for identifier, same in by_id.items()
         if len(same) > 1
     ]

@@ -33,9 +33,16 @@ _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, LookupError
 
 
 def _open(path: Path) -> Image.Image:
+    if path.is_dir():
+        raise PictureError(
+            "The picture is a folder.",
+            where=path,
+            expected="a picture",
+            fix="name one that is in it",
+        )
     if not path.is_file():
         raise PictureError(
-            "The picture is missing.", where=path, fix="restore the file, or remove the record"
+            "The picture is missing.", where=path, fix="put it there, or correct its path"
         )
     return _opened(path, path, MAX_PIXELS)
 

@@ -26,7 +26,7 @@ from deadpan.data.records import (
     check_images,
     read_text,
 )
-from deadpan.errors import DeadpanError
+from deadpan.errors import DeadpanError, writing
 from deadpan.nano import records_file
 
 _EXPECTED = '{"image": "dog.png", "prompt": optional, "chosen": "...", "rejected": "..."}'
@@ -143,11 +143,8 @@ def write(pairs: Sequence[Preference], path: Path) -> None:
             "rejected": pair.rejected,
         }
         lines.append(json.dumps(value, ensure_ascii=False) + "\n")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing("pairs", path):
         path.write_text("".join(lines), encoding="utf-8")
-    except OSError as error:
-        raise DeadpanError(f"The pairs cannot be written: {error.strerror}.", where=path) from None
 
 
 def load(path: Path, images: Path | None = None) -> list[Record]:

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from deadpan.data.pictures import PictureError, data_uri, open_picture
 from deadpan.data.records import Record
-from deadpan.errors import DeadpanError
+from deadpan.errors import DeadpanError, writing
 
 LONG_EDGE = 320
 """The longer edge of a thumbnail in pixels."""
@@ -56,11 +56,8 @@ def preview(records: Sequence[Record], out: Path, limit: int = 200, seed: int = 
         chosen = sorted(random.Random(seed).sample(range(len(shown)), limit))
         shown = [shown[position] for position in chosen]
     page = _page(records, shown, seed)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with writing("preview", out):
         out.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise DeadpanError(f"The preview cannot be written: {error.strerror}.", where=out) from None
     return out
 
 

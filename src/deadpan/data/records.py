@@ -13,6 +13,7 @@ picture. `stars`, optional too, counts the likes that the answer got; null is un
 metadata and are left alone.
 """
 
+import codecs
 import json
 import re
 import shlex
@@ -284,12 +285,17 @@ def read_text(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
+        encoding, found = "GB18030", f"byte 0x{content[error.start]:02x} at offset {error.start:,}"
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            encoding, found = "UTF-16", "the byte order mark of UTF-16"
+        # Beside it, where the paths of its pictures start from.
+        whole = shlex.quote(str(path.with_suffix(f".utf8{path.suffix}")))
         raise DeadpanError(
             "The file of records is not UTF-8.",
             where=f"{path} line {line}",
-            found=f"byte 0x{content[error.start]:02x} at offset {error.start:,}",
-            fix=f"iconv -f GB18030 -t UTF-8 {shlex.quote(str(path))} > utf8.json"
-            " (if the file comes from Chinese Windows)",
+            found=found,
+            fix=f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {whole}"
+            + (" (if the file comes from Chinese Windows)" if encoding == "GB18030" else ""),
         ) from None
 
 
@@ -326,11 +332,14 @@ def _lines(path: Path, text: str) -> list[_Entry | Problem]:
     objects = (isinstance(entry, _Entry) and isinstance(entry.value, dict) for entry in entries)
     if len(entries) > 1 and not any(objects):
         # One object over many lines would otherwise be reported once a line.
+        whole = _parse(text, path, 1, ())
         raise DeadpanError(
             "The file is neither a JSON array nor JSON lines.",
             where=path,
             expected="[record, record, ...], or one record a line",
-            found="no line that is a JSON object",
+            found=f"one JSON object with the keys {_excerpt(list(whole))}"
+            if isinstance(whole, dict)
+            else "no line that is a JSON object",
         )
     return entries
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from deadpan.engines.base import Engine, GenerationSettings, Joke, Request
+from deadpan.environment import INSTALL
 from deadpan.errors import DeadpanError
 from deadpan.processing.processor import Processor
 from deadpan.processing.template import IMAGE_TOKEN
@@ -57,20 +58,13 @@ class Prompt:
     pictures: list[Picture]
 
 
-_INSTALL = {
-    "vllm": "pip install 'deadpan[vllm]'",
-    # Its own list of requirements has an older peft than training needs.
-    "lmdeploy": "pip install 'deadpan[lmdeploy]' && pip install --no-deps lmdeploy==0.18.0",
-}
-
-
 def check_installed(engine: str) -> None:
     """Raise a DeadpanError if an engine's package is not installed."""
     if find_spec(engine) is None:
         raise DeadpanError(
             f"The engine {engine} is not installed.",
             found=f"no package {engine}",
-            fix=f"on Linux with an NVIDIA GPU: {_INSTALL[engine]}; or use --engine builtin",
+            fix=f"on Linux with an NVIDIA GPU: {INSTALL[engine]}; or use --engine builtin",
         )
 
 
@@ -89,7 +83,7 @@ def imported(module: str) -> Any:
         raise DeadpanError(
             f"The engine {engine} is installed, but cannot be imported.",
             found=first_line(error),
-            fix=f"install it in a new environment, where it decides PyTorch's version: {_INSTALL[engine]}",
+            fix=f"install it in a new environment, where it decides PyTorch's version: {INSTALL[engine]}",
         ) from None
 
 

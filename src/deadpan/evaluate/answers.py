@@ -8,7 +8,7 @@ from pathlib import Path
 from deadpan.data.pictures import open_picture
 from deadpan.data.records import Record, Turn
 from deadpan.engines.base import Engine, GenerationSettings, Request
-from deadpan.errors import DeadpanError
+from deadpan.errors import DeadpanError, writing
 
 
 @dataclass(frozen=True)
@@ -88,19 +88,31 @@ def ask(
 
 
 def write(answers: Sequence[Answer], path: Path) -> None:
-    """Write answers as JSON lines."""
+    """Write answers as JSON lines.
+
+    Raises:
+        DeadpanError: If the file cannot be written.
+    """
     lines = [json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers]
-    path.write_text("".join(lines), encoding="utf-8")
+    with writing("answers", path):
+        path.write_text("".join(lines), encoding="utf-8")
 
 
 def read(path: Path) -> list[Answer]:
     """Read answers back.
 
     Raises:
-        DeadpanError: If a line is not an answer.
+        DeadpanError: If the file cannot be read, or a line is not an answer.
     """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DeadpanError(
+            f"The file of answers cannot be read: {error.strerror}.", where=path
+        ) from None
     answers = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # In bytes: str.splitlines would also cut at U+2028, as a joke may hold it.
+    for number, line in enumerate(content.splitlines(), start=1):
         try:
             answers.append(Answer(**json.loads(line)))
         except (ValueError, TypeError):
@@ -108,7 +120,7 @@ def read(path: Path) -> list[Answer]:
                 "The line is not an answer.",
                 where=f"{path} line {number}",
                 expected='{"picture": ..., "question": ..., "text": ..., "finished": ...}',
-                found=line[:80],
+                found=line[:80].decode(errors="replace"),
                 fix="remove the file and ask again",
             ) from None
     return answers

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from deadpan.data.records import Record, Turn, normalised
-from deadpan.errors import DeadpanError
+from deadpan.errors import DeadpanError, writing
 from deadpan.evaluate.statistics import Items, chance_ndcg, ndcg
 
 RANKING = "ranking"
@@ -88,9 +88,14 @@ class QuestionSet:
         )
 
     def write(self, path: Path) -> None:
-        """Write JSON lines: what they are first, then a question a line."""
+        """Write JSON lines: what they are first, then a question a line.
+
+        Raises:
+            DeadpanError: If the file cannot be written.
+        """
         head = {"seed": self.seed, "skipped": dict(self.skipped), "sha256": self.sha256}
-        path.write_text(json.dumps(head, ensure_ascii=False) + "\n" + self._lines(), "utf-8")
+        with writing("questions", path):
+            path.write_text(json.dumps(head, ensure_ascii=False) + "\n" + self._lines(), "utf-8")
 
 
 def read(path: Path) -> QuestionSet:
@@ -100,14 +105,17 @@ def read(path: Path) -> QuestionSet:
         DeadpanError: If the file is not one of questions, or has been changed.
     """
     try:
-        head, *lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines, which would also cut at U+2028, as a joke may hold it.
+        head, *lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         about = json.loads(head)
         found = QuestionSet(
             tuple(_question(json.loads(line)) for line in lines), about["skipped"], about["seed"]
         )
         expected = about["sha256"]
-    except FileNotFoundError:
-        raise DeadpanError("The file of questions does not exist.", where=path) from None
+    except OSError as error:
+        raise DeadpanError(
+            f"The file of questions cannot be read: {error.strerror}.", where=path
+        ) from None
     except (ValueError, KeyError, TypeError):
         raise DeadpanError(
             "The file does not hold questions.",

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from deadpan.errors import DeadpanError
 
@@ -30,14 +30,10 @@ class Kept:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("a+b") as lines:
-                lines.seek(0)
-                content = lines.read()
-                whole = content.rfind(b"\n") + 1
-                if whole < len(content):
-                    lines.truncate(whole)
+                content = whole_lines(lines)
         except OSError as error:
             raise _unusable(file, error) from None
-        for number, line in enumerate(content[:whole].split(b"\n")[:-1], start=1):
+        for number, line in enumerate(content.split(b"\n")[:-1], start=1):
             try:
                 entry = json.loads(line)
                 self._values[entry["key"]] = entry["heard"]
@@ -70,6 +66,21 @@ class Kept:
     def _key(self, what: Mapping[str, Any]) -> str:
         told = json.dumps([self._identity, dict(what)], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()
+
+
+def whole_lines(file: BinaryIO) -> bytes:
+    """Cut off what a crash has left of a file's last line, and read the others.
+
+    A line that another process is writing looks just like it, so none may be.
+
+    Args:
+        file: Open for reading and writing.
+    """
+    file.seek(0)
+    content = file.read()
+    whole = content.rfind(b"\n") + 1
+    file.truncate(whole)
+    return content[:whole]
 
 
 def _unusable(file: Path, error: OSError) -> DeadpanError:

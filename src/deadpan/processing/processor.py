@@ -306,8 +306,12 @@ def load_processor(folder: Path, max_tiles: int | None = None, max_length: int =
         max_length: The most tokens a sample may have.
 
     Raises:
-        DeadpanError: If a file is missing, or the template is unknown.
+        DeadpanError: If a file is missing, the template is unknown, or the tile limit is below 1.
     """
+    if max_tiles is not None and max_tiles < 1:
+        raise DeadpanError(
+            "max_tiles is out of range.", expected="at least 1", found=str(max_tiles)
+        )
     tokenizer = load_tokenizer(folder)
     policy_file = folder / POLICY_FILE
     if policy_file.exists():

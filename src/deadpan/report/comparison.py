@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from deadpan.data.pictures import data_uri, open_picture
-from deadpan.errors import DeadpanError
+from deadpan.errors import writing
 from deadpan.report import figure
 from deadpan.report.curves import Curve
 from deadpan.report.style import Style
@@ -137,8 +137,8 @@ class Comparison:
     version: str
     summary: Bilingual | str = ""
     figures: Sequence[Figure] = ()
-    skipped: Sequence[tuple[str, str]] = ()
-    notes: Sequence[str] = ()
+    skipped: Sequence[tuple[str, Bilingual | str]] = ()
+    notes: Sequence[Bilingual | str] = ()
     curves: Sequence[Curve] = ()
     language: Language = "en"
 
@@ -198,12 +198,9 @@ def write(comparison: Comparison, out: Path) -> None:
         DeadpanError: If it cannot be written, or a picture cannot be opened.
     """
     page = render(comparison)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with writing("report", out):
         # A model may say half a character, which no encoding has.
         out.write_text(page, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise DeadpanError(f"The report cannot be written: {error.strerror}.", where=out) from None
 
 
 def _drawn(curves: Sequence[Curve]) -> Markup | None:

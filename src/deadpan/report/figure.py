@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
-from deadpan.errors import DeadpanError, did_you_mean
+from deadpan.errors import DeadpanError, did_you_mean, writing
 from deadpan.report.curves import Curve, smooth
 from deadpan.report.style import Style
 
@@ -132,13 +132,8 @@ def save(curves: Sequence[Curve], out: Path, style: Style | None = None) -> list
         )
     figure = draw(curves, style)
     for path in paths:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with writing("figure", path):
             path.write_bytes(_render(figure, path.suffix.lower().removeprefix(".")))
-        except OSError as error:
-            raise DeadpanError(
-                f"The figure cannot be written: {error.strerror}.", where=path
-            ) from None
     return paths
 
 

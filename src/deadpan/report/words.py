@@ -64,22 +64,39 @@ _TASKS = {
     "ranking top-1": "排序 top-1",
 }
 _CHINESE |= _TASKS | {f"{en}, per character": f"{zh}，按字数" for en, zh in _TASKS.items()}
+# Why something is not measured, as `deadpan.evaluate` has it.
+_CHINESE |= {
+    "the records have no stars": "数据没有点赞数",
+    "no picture has 5 answers whose stars are known and differ": "没有图片有 5 个点赞数已知且不全相同的回答",
+    "the records do not say what is pictured (concepts)": "数据没有注明画的是什么（concepts）",
+    "it is not known what it was trained on": "训练数据未知",
+    **{
+        f"there are not {n} answers to other pictures to offer beside": f"凑不出 {n} 个其他图片的回答作陪选"
+        for n in (1, 2, 3)
+    },
+    **{f"no picture has {n} answers": f"没有图片有 {n} 个回答" for n in (1, 2)},
+}
 
 
 @dataclass(frozen=True)
 class Bilingual:
-    """A text that the page has no word for, in both languages."""
+    """A text in both languages."""
 
     en: str
     zh: str
 
 
+def bilingual(text: str) -> Bilingual:
+    """A text of the page's own in both languages; one without a translation is the same in both."""
+    return Bilingual(text, _CHINESE.get(text, text))
+
+
 def words(text: str | Bilingual) -> Markup:
     """A text in both languages, each in an element of its own; one without a translation as it is."""
     if isinstance(text, str):
-        if text not in _CHINESE:
-            return escape(text)
-        text = Bilingual(text, _CHINESE[text])
+        text = bilingual(text)
+    if text.en == text.zh:
+        return escape(text.en)
     return Markup('<span class="en">{}</span><span class="zh" lang="zh">{}</span>').format(
         text.en, text.zh
     )

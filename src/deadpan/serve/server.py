@@ -1,5 +1,6 @@
 """Run the app: a socket of our own, and an end that finishes what is running."""
 
+import errno
 import signal
 import socket
 
@@ -21,7 +22,9 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise DeadpanError(
             f"The address {host} port {port} cannot be listened on: {error.strerror}.",
-            fix="choose another --port; 0 takes a free one",
+            fix="choose another --port; 0 takes a free one"
+            if error.errno == errno.EADDRINUSE
+            else "choose another --port, or a --host that is an address of this machine",
         ) from None
 
 

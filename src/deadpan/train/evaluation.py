@@ -109,10 +109,10 @@ class Evaluator:
         self._model, self._processor, self._dtype = model, processor, dtype
         self._objective = objective
         self._held_out = held_out
-        self._training = _some(training, _TRAINING_RECORDS, seed)
+        self._training = some(training, _TRAINING_RECORDS, seed)
         self._by_heart = [answer for record in training for answer in record.answers]
-        self._asked = _some(questions(training), settings.memorisation_pictures, seed)
-        self._probes = _some(questions(held_out), settings.probe_pictures, seed)
+        self._asked = some(questions(training), settings.memorisation_pictures, seed)
+        self._probes = some(questions(held_out), settings.probe_pictures, seed)
         self._settings = GenerationSettings(settings.max_new_tokens)
         self._batch = min(batch, _LARGEST_BATCH)
         self._device = next(model.parameters()).device
@@ -190,7 +190,7 @@ def judge(
     return after, best, reason
 
 
-def _some(values: Sequence[T], count: int, seed: int) -> list[T]:
+def some(values: Sequence[T], count: int, seed: int) -> list[T]:
     """A sample in the values' order, from random numbers of its own."""
     chosen = random.Random(seed).sample(range(len(values)), min(count, len(values)))
     return [values[i] for i in sorted(chosen)]

@@ -147,25 +147,34 @@ class Pace:
         seconds: What they took.
         timed: Their load.
         whole: The load of the run.
+        evaluations: Evaluations on the way, if nothing ends the run early.
+        evaluation_seconds: What one takes.
     """
 
     steps: int
     seconds: float
     timed: Load
     whole: Load
+    evaluations: int = 0
+    evaluation_seconds: float = 0.0
 
     @property
-    def run_seconds(self) -> float:
-        """Seconds of all steps; what comes between them (checkpoints, evaluation) is not in it."""
+    def training_seconds(self) -> float:
+        """Seconds of all steps."""
         return self.seconds * self.whole.computed / self.timed.computed
 
     @property
+    def run_seconds(self) -> float:
+        """Seconds of all steps and evaluations; checkpoints are not in it."""
+        return self.training_seconds + self.evaluations * self.evaluation_seconds
+
+    @property
     def samples_per_second(self) -> float:
-        return self.whole.samples / self.run_seconds
+        return self.whole.samples / self.training_seconds
 
     @property
     def tokens_per_second(self) -> float:
-        return self.whole.tokens / self.run_seconds
+        return self.whole.tokens / self.training_seconds
 
 
 @dataclass(frozen=True)
@@ -225,6 +234,7 @@ class Forecast:
         figures = asdict(self) | {"peak": self.peak, "fits": self.fits}
         if self.pace is not None:
             figures["pace"] |= {
+                "training_seconds": self.pace.training_seconds,
                 "run_seconds": self.pace.run_seconds,
                 "samples_per_second": self.pace.samples_per_second,
                 "tokens_per_second": self.pace.tokens_per_second,

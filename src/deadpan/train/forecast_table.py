@@ -6,21 +6,22 @@ from rich.text import Text
 
 from deadpan.environment import GIB
 from deadpan.train.forecast import Forecast, Trial
+from deadpan.train.watcher import counted
 
 
 def tables(forecast: Forecast) -> Group:
     """The whole story: what runs, its memory, its time, and what to change if it does not fit."""
     found = forecast
-    steps = f"{found.steps:,} step" + ("" if found.steps == 1 else "s")
     heavy = found.heaviest
     padding = "" if heavy.computed == heavy.tokens else " with padding"
-    samples = f"{heavy.samples} sample" + ("" if heavy.samples == 1 else "s")
     parts: list[RenderableType] = [
         Text(f"Forecast for {found.run}, on {found.device}; nothing was written", style="bold"),
         Text(
-            f"{found.records:,} records, {steps} of {found.micro_batch_size} x "
-            f"{found.gradient_accumulation_steps} samples, {found.whole.tokens:,} tokens in all\n"
-            f"the largest batch: {samples}, {heavy.computed:,} tokens{padding}, {heavy.tiles:,} tiles"
+            f"{counted(found.records, 'record')}, {counted(found.steps, 'step')} of "
+            f"{found.micro_batch_size} x {found.gradient_accumulation_steps} samples, "
+            f"{found.whole.tokens:,} tokens in all\n"
+            f"the largest batch: {counted(heavy.samples, 'sample')}, {heavy.computed:,} tokens"
+            f"{padding}, {counted(heavy.tiles, 'tile')}"
         ),
         _memory(found),
         _verdict(found),
@@ -95,11 +96,15 @@ def _time(found: Forecast) -> Table:
         f"{pace.samples_per_second:.2f} samples/s",
         f"{pace.tokens_per_second:,.0f} tokens/s, from {pace.steps} of its steps",
     )
+    if pace.evaluations:
+        table.add_row("training", duration(pace.training_seconds), "")
+        table.add_row(
+            "evaluating",
+            duration(pace.evaluations * pace.evaluation_seconds),
+            f"{pace.evaluations} times {duration(pace.evaluation_seconds)}",
+        )
     table.add_row(
-        "the whole run",
-        duration(pace.run_seconds),
-        "and what saving and evaluating take",
-        style="bold",
+        "the whole run", duration(pace.run_seconds), "and what saving takes", style="bold"
     )
     return table
 

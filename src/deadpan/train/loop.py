@@ -8,7 +8,6 @@ micro-batches, and their gradients are summed, which is the same gradient again.
 """
 
 import math
-import threading
 import time
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -22,7 +21,6 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from deadpan.checkpoints.load import choose_dtype
-from deadpan.checkpoints.source import Layout, detect, resolve
 from deadpan.config.schema import Recipe
 from deadpan.data.records import Record
 from deadpan.environment import GIB
@@ -32,9 +30,7 @@ from deadpan.models.answer_loss import plain_model
 from deadpan.models.attention import kernels
 from deadpan.processing.collate import Batch
 from deadpan.processing.prefix import shared_prefixes
-from deadpan.processing.processor import Processor, load_processor
 from deadpan.train import (
-    evaluation,
     memory,
     nonfinite,
     optimizers,
@@ -42,6 +38,7 @@ from deadpan.train import (
     references,
     state,
     trackers,
+    validation,
 )
 from deadpan.train.features import FeatureCache
 from deadpan.train.loader import (
@@ -63,17 +60,13 @@ from deadpan.train.run_folder import RunLog, open_run
 from deadpan.train.schedule import resolve as resolve_schedule
 from deadpan.train.schedule import schedule
 from deadpan.train.split import read, split
-from deadpan.train.start import with_adapter
+from deadpan.train.start import open_model, with_adapter
 from deadpan.train.stopping import stop_signal
 from deadpan.train.survey import Survey, survey
 from deadpan.train.watcher import Watcher
 
 _SEED_STRIDE = 1_000_003
 """Keeps the ranks' seeds apart, and those of runs with neighbouring seeds."""
-
-
-class _Stopped(Exception):
-    """Ends an evaluation in the middle, because the run is asked to stop."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +127,7 @@ class Trainer:
         self._trackers = self.processes.lead(lambda: trackers.choose(recipe))
         self.dtype = choose_dtype(recipe.precision, self.device)
         set_seed(recipe.seed)
-        folder, self.processor = self.processes.together(lambda: _open_model(recipe))
+        folder, self.processor = self.processes.together(lambda: open_model(recipe))
         # Before the weights are read: that takes minutes, and a bad record none of them.
         self.survey, self.held_out = self.processes.lead(self._look_at_records)
         self.plan = Plan(
@@ -167,6 +160,9 @@ class Trainer:
     def _look_at_records(self) -> tuple[Survey, list[Record]]:
         data, surveying = self.recipe.data, self.watcher.surveying
         records = read(self.recipe, data.train)
+        if isinstance(data.validation, Path):
+            # A mistake in it is not to be told after the minutes that many pictures take.
+            read(self.recipe, data.validation)
         surveyed = survey(records, self.processor, data.overlong, surveying)
         return split(self.recipe, surveyed, self.processor, surveying)
 
@@ -323,18 +319,18 @@ class Trainer:
             metrics = self.processes.lead(open_log) or {"loss": math.nan}
             self.watcher.starting(self.plan, self.position.step, self.survey, len(self.held_out))
             # It was stopped before, or in, an evaluation.
-            if self._is_due() and self._evaluate(log, stop) is not None:
+            if validation.is_due(self) and validation.evaluate(self, log, stop) is not None:
                 saved = self._save()
             steps = nonfinite.kept(self.steps(), self.run) if log else self.steps()
-            for metrics in () if self._is_over() else steps:
+            for metrics in () if validation.is_over(self) else steps:
                 step = metrics["step"]
                 if log and (step % recipe.log_every_steps == 0 or step == self.plan.steps):
                     log.write(metrics)
                 self.watcher.stepped(metrics)
-                is_best = self._is_due() and self._evaluate(log, stop)
+                is_best = validation.is_due(self) and validation.evaluate(self, log, stop)
                 saved = self._save() if is_best or step % recipe.save_every_steps == 0 else None
                 # A signal reaches the ranks at different moments.
-                if self.processes.any(stop.is_set()) or self._is_over():
+                if self.processes.any(stop.is_set()) or validation.is_over(self):
                     break
             if saved is None:
                 saved = self._save()
@@ -344,26 +340,10 @@ class Trainer:
             saved,
             self.position.step,
             metrics["loss"],
-            interrupted=self._is_due() or not self._is_over(),
+            interrupted=validation.is_due(self) or not validation.is_over(self),
             best=None if best is None else (best.step, best.held_out),
-            stopped_early=self._is_over() and self.position.step < self.plan.steps,
+            stopped_early=validation.is_over(self) and self.position.step < self.plan.steps,
         )
-
-    def _is_due(self) -> bool:
-        """Whether the step done last calls for an evaluation that has not been made."""
-        step = self.position.step
-        every = evaluation.interval(self.recipe.evaluation, self.plan.steps_per_epoch)
-        return (
-            bool(self.held_out)
-            and step > self.position.evaluations.step
-            and (step % every == 0 or step == self.plan.steps)
-        )
-
-    def _is_over(self) -> bool:
-        """Whether no step is left, or the held-out loss has not fallen for too long."""
-        patience = self.recipe.evaluation.early_stopping_patience
-        tired = patience is not None and self.position.evaluations.since_best >= patience
-        return tired or self.position.step == self.plan.steps
 
     def _open_log(self, logs: ExitStack) -> RunLog:
         recipe, position = self.recipe, self.position
@@ -374,75 +354,6 @@ class Trainer:
         log.also(tracked.write)
         self.watcher.set_aside(log.set_aside)
         return log
-
-    def _evaluate(self, log: RunLog | None, stop: threading.Event) -> bool | None:
-        """Measure the model as it would be saved now; whether it is the best so far, or None if stopped amid it."""
-
-        def measure() -> tuple[state.Evaluations, bool | None]:
-            with self._memory_explained():
-                return self._measure(log, stop)
-
-        if self.parallel.shares_weights:
-            # All measure the same records in step, and rank 0's word holds.
-            measured = measure()
-            evaluations, is_best = self.processes.lead(lambda: measured)
-        else:
-            evaluations, is_best = self.processes.lead(measure)
-        self.position = replace(self.position, evaluations=evaluations)
-        return is_best
-
-    def _measure(
-        self, log: RunLog | None, stop: threading.Event
-    ) -> tuple[state.Evaluations, bool | None]:
-        before = self.position.evaluations
-
-        def stops() -> bool:
-            is_set = stop.is_set()
-            return self.processes.any(is_set) if self.parallel.shares_weights else is_set
-
-        if stops():
-            return before, None
-
-        def progress(done: int, total: int) -> None:
-            if stops():
-                raise _Stopped
-            self.watcher.evaluating(done, total)
-
-        began, step = time.perf_counter(), self.position.step
-        evaluator = evaluation.Evaluator(
-            self.model,
-            self.processor,
-            self.objective,
-            self.survey.records,
-            self.held_out,
-            self.recipe.evaluation,
-            self.recipe.seed,
-            self.plan.micro_batch_size,
-            self.dtype,
-        )
-        self.loss.free()
-        try:
-            with optimizers.weights_to_use(self.optimizer):
-                figures = evaluator.evaluate(progress)
-        except _Stopped:
-            return before, None
-        after, is_best, reason = evaluation.judge(before, step, figures)
-        metrics = {
-            "step": step,
-            "epoch": round(step / self.plan.steps_per_epoch, 4),
-            "samples": self.position.samples,
-            **figures.to_json(),
-            "best": is_best,
-            "memorising": reason is not None,
-            "evaluation_seconds": round(time.perf_counter() - began, 3),
-        }
-        if log:
-            log.write(metrics)
-            log.tell(step, figures.jokes)
-        self.watcher.evaluated(metrics, figures.jokes)
-        if reason is not None and not before.warned:
-            self.watcher.memorising(step, reason)
-        return after, is_best
 
     def _steps(self, ready: Prepared) -> Generator[dict[str, Any], None, None]:
         began = time.perf_counter()
@@ -586,15 +497,3 @@ class Trainer:
                 gathered,
             )
         )
-
-
-def _open_model(recipe: Recipe) -> tuple[Path, Processor]:
-    folder = resolve(recipe.model)
-    if detect(folder) is Layout.ADAPTER:
-        raise DeadpanError(
-            "Training starts from a whole model, and this is an adapter.",
-            where=folder,
-            fix="set model to its base and adapter to this folder, export it with --layout hf and "
-            "train on that, or resume its run with --resume",
-        )
-    return folder, load_processor(folder, recipe.max_tiles, recipe.max_length)

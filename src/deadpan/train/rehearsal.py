@@ -18,7 +18,7 @@ from deadpan.errors import DeadpanError
 from deadpan.models.answer_loss import plain_model
 from deadpan.models.nf4 import bytes_of, saved_bytes
 from deadpan.processing.processor import Processor, Size
-from deadpan.train import state
+from deadpan.train import state, validation
 from deadpan.train.forecast import Forecast, Load, Memory, Pace, Trial, heaviest, load_of, split
 from deadpan.train.memory import Meter, cut, divisors, ran_out, remedies
 from deadpan.train.plan import MicroBatch
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _TIMED_STEPS, _TIMED_SECONDS = 8, 20.0
 """The timing ends after so many steps or seconds, whichever comes first."""
+_TIMED_RECORDS = 64
+"""Held-out records whose loss is timed."""
 
 
 def choose_micro_batch_size(trainer: "Trainer") -> int:
@@ -310,7 +312,11 @@ class Rehearsal:
         return Trial(change, peak, measured=False, fits=peak is not None and peak <= self.limit)
 
     def _pace(self, whole: Load) -> Pace | None:
-        """Time steps of the run's own order, the first left out if there are more; None if memory ran out."""
+        """Time steps of the run's own order, the first left out if there are more, and an evaluation.
+
+        Returns:
+            None if memory ran out.
+        """
         trainer = self._trainer
         trainer.watcher.measuring("speed")
         self._meter.reset()
@@ -335,11 +341,19 @@ class Rehearsal:
                     began = now
                     if steps == _TIMED_STEPS or seconds > _TIMED_SECONDS:
                         break
+            count = validation.count_after(trainer, done)
+            evaluation_seconds = self._evaluation_seconds() if count else 0.0
         except RuntimeError as error:
             if not ran_out(error):
                 raise
             return None
-        return Pace(steps, seconds, timed, whole)
+        return Pace(steps, seconds, timed, whole, count, evaluation_seconds)
+
+    def _evaluation_seconds(self) -> float:
+        self._trainer.watcher.measuring("an evaluation")
+        # On a GPU the first one prepares kernels.
+        validation.seconds(self._trainer, 1)
+        return validation.seconds(self._trainer, _TIMED_RECORDS)
 
 
 def _name(device: torch.device) -> str:

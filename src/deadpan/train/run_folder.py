@@ -12,7 +12,7 @@ from typing import Any
 from deadpan.config.loader import dump_recipe, inline_yaml, load_recipe
 from deadpan.config.schema import Recipe
 from deadpan.environment import describe
-from deadpan.errors import DeadpanError
+from deadpan.errors import DeadpanError, refuse_unwritable
 from deadpan.evaluate.answers import Answer
 from deadpan.processing.tokenizer import read_json
 from deadpan.train import state
@@ -56,8 +56,8 @@ def open_run(
         processes: How many train.
 
     Raises:
-        DeadpanError: If a fresh run would overwrite one, or there is nothing to resume, or another recipe was trained,
-            or by another number of processes.
+        DeadpanError: If a fresh run would overwrite one or cannot be written, or there is nothing to resume, or
+            another recipe was trained, or by another number of processes.
     """
     state.recover(run)
     existing = state.checkpoints(run)
@@ -69,6 +69,7 @@ def open_run(
                 found=f"checkpoints up to {existing[-1].name}",
                 fix="add --resume to go on with it, or choose another folder with run=runs/NAME",
             )
+        refuse_unwritable("run folder", run / "recipe.yaml")
         return None, recipe
     if not existing:
         raise DeadpanError(

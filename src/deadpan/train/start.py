@@ -1,4 +1,4 @@
-"""What a run starts from, where that is an adapter: its shape belongs into the recipe."""
+"""What a run starts from: a whole model, and maybe an adapter, whose shape belongs into the recipe."""
 
 import re
 from pathlib import Path
@@ -8,8 +8,26 @@ from deadpan.config.loader import inline_yaml
 from deadpan.config.schema import Recipe
 from deadpan.errors import DeadpanError
 from deadpan.models import lora
+from deadpan.processing.processor import Processor, load_processor
 
 _TARGETS = re.compile(r".*\.\(([\w|]+)\)")
+
+
+def open_model(recipe: Recipe) -> tuple[Path, Processor]:
+    """The folder of the model that the run starts from, and its processor; weights are not read yet.
+
+    Raises:
+        DeadpanError: If it is not there, or is an adapter.
+    """
+    folder = resolve(recipe.model)
+    if detect(folder) is Layout.ADAPTER:
+        raise DeadpanError(
+            "Training starts from a whole model, and this is an adapter.",
+            where=folder,
+            fix="set model to its base and adapter to this folder, export it with --layout hf and "
+            "train on that, or resume its run with --resume",
+        )
+    return folder, load_processor(folder, recipe.max_tiles, recipe.max_length)
 
 
 def adapter_folder(recipe: Recipe) -> Path | None:

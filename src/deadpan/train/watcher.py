@@ -22,6 +22,11 @@ from deadpan.train.plan import Plan
 from deadpan.train.survey import Survey
 
 
+def counted(number: int, one: str, several: str | None = None) -> str:
+    """A number of things in words: `1 record`, `2,000 records`."""
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
+
+
 class Watcher:
     """Takes note of nothing; subclasses do."""
 
@@ -104,15 +109,18 @@ class ProgressWatcher(Watcher):
     def starting(self, plan: Plan, done: int, survey: Survey, held_out: int) -> None:
         tokens = sum(survey.lengths)
         self._console.print(
-            f"{plan.records} records, {tokens:,} tokens an epoch, longest {max(survey.lengths):,}; "
-            f"{plan.steps} steps of {min(plan.samples_per_step, plan.records)} samples"
+            f"{counted(plan.records, 'record')}, {tokens:,} tokens an epoch, longest {max(survey.lengths):,}; "
+            f"{counted(plan.steps, 'step')} of {counted(min(plan.samples_per_step, plan.records), 'sample')}"
         )
         if plan.groups is not None:
-            self._console.print(f"the records share {len(plan.groups)} prefixes")
+            self._console.print(
+                f"the records share {counted(len(plan.groups), 'prefix', 'prefixes')}"
+            )
         if held_out:
-            self._console.print(f"{held_out} records held out, to measure with")
+            self._console.print(f"{counted(held_out, 'record')} held out, to measure with")
         if survey.skipped:
-            self._console.print(f"[yellow]left out {len(survey.skipped)} records that are too long")
+            skipped = counted(len(survey.skipped), "record")
+            self._console.print(f"[yellow]left out {skipped} for being too long")
         if done:
             self._console.print(f"resuming after step {done}")
 
