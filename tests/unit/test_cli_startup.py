@@ -34,6 +34,16 @@ def test_nothing_heavy_is_imported_before_a_verb_runs(code: str, imported: set[s
     assert modules & HEAVY == imported
 
 
+def test_a_model_without_an_adapter_is_loaded_without_peft_and_bitsandbytes() -> None:
+    code = "import deadpan, sys; teller = deadpan.load('nano', device='cpu'); print(*sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    modules = set(result.stdout.split())
+    assert "deadpan.models.decoding" in modules
+    assert not modules & {"peft", "bitsandbytes"}
+
+
 def test_a_mistake_in_a_recipe_is_told_before_pytorch_is_imported() -> None:
     code = (
         "import sys; sys.argv = ['deadpan', 'train', 'nano', 'lora.rank=8']\n"

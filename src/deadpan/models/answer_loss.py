@@ -5,16 +5,18 @@ picked out first, and only those rows meet the output head: logits of shape (sup
 (row, token, vocabulary), with the same loss and the same gradients.
 """
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.nn import functional
 from transformers import InternVLForConditionalGeneration
 
 from deadpan.models.attention import VARLEN
 from deadpan.processing.encoding import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Reduction = Literal["sum", "none"]
 """Whether losses are summed, or given token by token."""
@@ -72,6 +74,8 @@ class AnswerLoss(nn.Module):
         return functional.cross_entropy(logits.float(), targets[supervised], reduction=reduction)
 
 
-def plain_model(model: nn.Module) -> InternVLForConditionalGeneration:
+def plain_model(
+    model: "InternVLForConditionalGeneration | PeftModel",
+) -> InternVLForConditionalGeneration:
     """InternVL itself, inside PEFT's wrapper if there is one."""
-    return model.base_model.model if isinstance(model, PeftModel) else model
+    return model if isinstance(model, InternVLForConditionalGeneration) else model.get_base_model()

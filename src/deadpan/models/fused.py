@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import InternVLForConditionalGeneration
 
@@ -73,9 +72,7 @@ class Adapted:
         plain = [_base(layer) for layer in layers]
         self.frozen = Frozen(plain, dtype, fp8)
         self._dtype = dtype
-        self._adapted = [
-            (i, layer) for i, layer in enumerate(layers) if isinstance(layer, LoraLayer)
-        ]
+        self._adapted = [(i, layer) for i, layer in enumerate(layers) if _base(layer) is not layer]
         self.parameters: list[nn.Parameter] = []
         """A and B of each adapter, in the order in which gradients are given."""
         for _, layer in self._adapted:
@@ -187,7 +184,7 @@ class Cast(NamedTuple):
 
 
 def _base(layer: Any) -> nn.Linear:
-    return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    return layer if isinstance(layer, nn.Linear) else layer.get_base_layer()
 
 
 def has_triton(device: torch.device) -> bool:

@@ -3,23 +3,17 @@
 A linear layer W gets a low-rank companion, y = Wx + (lora_alpha / r) B A x (Hu et al. 2021, arXiv 2106.09685). The
 projector between vision tower and language model is small and trained whole; PEFT keeps it beside the adapter
 (`modules_to_save`), so one adapter folder holds all that training changed, in PEFT's own format.
+
+PEFT is imported where an adapter is at hand: with it comes bitsandbytes, and with that PyTorch's compiler, which takes
+more than a second that a model without an adapter need not wait for.
 """
 
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -28,6 +22,9 @@ from transformers import InternVLForConditionalGeneration
 from deadpan.errors import DeadpanError, did_you_mean
 from deadpan.models import nf4
 from deadpan.processing.tokenizer import read_json
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _LAYERS = "model.language_model.layers."
@@ -52,7 +49,7 @@ def attach(
     lora_dropout: float,
     target_modules: str | list[str],
     train_projector: bool,
-) -> PeftModel:
+) -> "PeftModel":
     """Put a fresh adapter on a model; only the adapter and, if asked, the projector will be trainable.
 
     Trainable weights are float32 whatever the model's type: at a learning rate of 1e-5 an AdamW step is far below the
@@ -70,6 +67,8 @@ def attach(
     Raises:
         DeadpanError: If a target does not exist.
     """
+    from peft import LoraConfig
+
     known = linear_names(model)
     targets = known if target_modules == "all-linear" else target_modules
     if isinstance(targets, str):
@@ -104,7 +103,9 @@ def target_pattern(targets: Iterable[str], head: bool = False) -> str:
     return rf"{pattern}|{HEAD}" if head else pattern
 
 
-def _wrap(model: InternVLForConditionalGeneration, config: LoraConfig) -> PeftModel:
+def _wrap(model: InternVLForConditionalGeneration, config: "LoraConfig") -> "PeftModel":
+    from peft import get_peft_model
+
     with warnings.catch_warnings():
         # PEFT asks transformers about gradient checkpointing under a name that transformers has deprecated.
         warnings.simplefilter("ignore", FutureWarning)
@@ -112,7 +113,7 @@ def _wrap(model: InternVLForConditionalGeneration, config: LoraConfig) -> PeftMo
 
 
 def adapter_state(
-    model: PeftModel, whole: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+    model: "PeftModel", whole: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
 ) -> dict[str, torch.Tensor]:
     """All that training changes, under PEFT's names, on the CPU.
 
@@ -120,17 +121,19 @@ def adapter_state(
         model: The model with its adapter.
         whole: Puts together a tensor of which this process has a part.
     """
+    from peft import get_peft_model_state_dict
+
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in state.items()}
 
 
-def save(model: PeftModel, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+def save(model: "PeftModel", folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, of a state if the model has not all of it."""
     state = adapter_state(model) if state is None else state
     write(model.peft_config["default"], state, folder)
 
 
-def write(config: LoraConfig, state: dict[str, torch.Tensor], folder: Path) -> None:
+def write(config: "LoraConfig", state: dict[str, torch.Tensor], folder: Path) -> None:
     """Write an adapter's two files from its configuration and its tensors, under PEFT's names."""
     inference, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(folder))
@@ -168,19 +171,19 @@ def base_of(folder: Path) -> str:
     return base
 
 
-def adapter_parameters(model: PeftModel) -> list[nn.Parameter]:
+def adapter_parameters(model: "PeftModel") -> list[nn.Parameter]:
     """The weights of the adapter and of the trained projector."""
     marks = (".lora_A.", ".lora_B.", f"{PROJECTOR}.modules_to_save.")
     return [p for name, p in model.named_parameters() if any(mark in name for mark in marks)]
 
 
-def projector_parameters(model: PeftModel) -> list[nn.Parameter]:
+def projector_parameters(model: "PeftModel") -> list[nn.Parameter]:
     """The weights of the trained projector, if it is trained."""
     mark = f"{PROJECTOR}.modules_to_save."
     return [p for name, p in model.named_parameters() if mark in name]
 
 
-def load(model: InternVLForConditionalGeneration, folder: Path, trainable: bool) -> PeftModel:
+def load(model: InternVLForConditionalGeneration, folder: Path, trainable: bool) -> "PeftModel":
     """Put the adapter of a folder on its base model.
 
     For inference it takes the model's own type, in which training multiplied with it too; for
@@ -189,6 +192,8 @@ def load(model: InternVLForConditionalGeneration, folder: Path, trainable: bool)
     Raises:
         DeadpanError: If the adapter is not a LoRA, is damaged, or does not fit the model.
     """
+    from peft import LoraConfig
+
     kind = read_config(folder).get("peft_type")
     if kind != "LORA":
         raise DeadpanError(
@@ -206,12 +211,14 @@ def load(model: InternVLForConditionalGeneration, folder: Path, trainable: bool)
     return peft_model.train(trainable)
 
 
-def load_state(model: PeftModel, folder: Path) -> None:
+def load_state(model: "PeftModel", folder: Path) -> None:
     """Fill an adapter with the weights of a folder.
 
     Raises:
         DeadpanError: If they are missing, damaged, or of another shape.
     """
+    from peft import set_peft_model_state_dict
+
     path = folder / ADAPTER_FILE
     try:
         state = load_file(path)
@@ -237,7 +244,7 @@ def load_state(model: PeftModel, folder: Path) -> None:
     set_peft_model_state_dict(model, state)
 
 
-def base_parameters(model: PeftModel) -> dict[str, torch.Tensor]:
+def base_parameters(model: "PeftModel") -> dict[str, torch.Tensor]:
     """The parameters of the base model without the adapter, under the plain model's names.
 
     Of an NF4 model these are the numbers that its 4-bit weights stand for.
@@ -251,8 +258,11 @@ def base_parameters(model: PeftModel) -> dict[str, torch.Tensor]:
     return state
 
 
-def merged(model: PeftModel) -> dict[str, torch.Tensor]:
+def merged(model: "PeftModel") -> dict[str, torch.Tensor]:
     """The parameters that training changed, with the adapter added in, in float32."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
     changed = {}
     for name, module in model.base_model.model.named_modules():
         if isinstance(module, LoraLayer):

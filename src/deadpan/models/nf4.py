@@ -3,13 +3,19 @@
 Weights are stored as 4-bit NormalFloat in blocks of 64 with doubly quantised scales, and multiplied
 in the compute type (QLoRA, Dettmers et al. 2023, arXiv 2305.14314). The vision tower, the projector,
 the embeddings and the head stay as they are: they are small, and the projector is trained.
+
+bitsandbytes is imported where a layer is made: it brings PyTorch's compiler along, which takes more than a second.
 """
 
-import bitsandbytes as bnb
+from typing import TYPE_CHECKING, TypeGuard
+
 import torch
 from torch import nn
 
 from deadpan.errors import DeadpanError
+
+if TYPE_CHECKING:
+    from bitsandbytes.nn import Params4bit
 
 _BLOCK = 64
 """Weights that share a scale; bitsandbytes' CPU kernel wants whole blocks in a row."""
@@ -21,6 +27,8 @@ def prepare(language_model: nn.Module, compute_dtype: torch.dtype) -> None:
     Raises:
         DeadpanError: If a layer is too narrow.
     """
+    from bitsandbytes.nn import Linear4bit
+
     for name, module in list(language_model.named_modules()):
         if type(module) is nn.Linear:
             if module.in_features % _BLOCK:
@@ -31,7 +39,7 @@ def prepare(language_model: nn.Module, compute_dtype: torch.dtype) -> None:
                     fix="use quantization none",
                 )
             with torch.device("meta"):
-                layer = bnb.nn.Linear4bit(
+                layer = Linear4bit(
                     module.in_features,
                     module.out_features,
                     bias=module.bias is not None,
@@ -48,19 +56,21 @@ def prepare(language_model: nn.Module, compute_dtype: torch.dtype) -> None:
 
 def dequantised(parameter: torch.Tensor) -> torch.Tensor:
     """The numbers that an NF4 weight stands for, in its compute type; any other parameter as it is."""
-    if isinstance(parameter, bnb.nn.Params4bit):
-        return bnb.functional.dequantize_4bit(parameter.data, parameter.quant_state)
-    return parameter.data
+    if not is_quantised(parameter):
+        return parameter.data
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(parameter.data, parameter.quant_state)
 
 
-def is_quantised(parameter: torch.Tensor) -> bool:
+def is_quantised(parameter: torch.Tensor) -> TypeGuard["Params4bit"]:
     """Whether a parameter is an NF4 weight."""
-    return isinstance(parameter, bnb.nn.Params4bit)
+    return hasattr(parameter, "quant_state")
 
 
 def bytes_of(parameter: torch.Tensor) -> int:
     """The memory that a parameter takes, an NF4 weight's scales included."""
-    if not isinstance(parameter, bnb.nn.Params4bit):
+    if not is_quantised(parameter):
         return parameter.nbytes
     state = parameter.quant_state
     nested = [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
@@ -81,9 +91,11 @@ def saved_bytes(language_model: nn.Module) -> int:
     return round(sum(weight.nbytes - weight.numel() * per_weight for weight in frozen))
 
 
-def quantised(weight: torch.Tensor) -> bnb.nn.Params4bit:
+def quantised(weight: torch.Tensor) -> "Params4bit":
     """Quantise a weight on its device."""
-    parameter = bnb.nn.Params4bit(
+    from bitsandbytes.nn import Params4bit
+
+    parameter = Params4bit(
         weight.cpu(), requires_grad=False, compress_statistics=True, quant_type="nf4"
     )
     return parameter.to(weight.device)
