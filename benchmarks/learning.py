@@ -1,12 +1,12 @@
 """Whether faster ways to train learn the same: loss curves of the same samples from the same weights.
 
-    python benchmarks/learning.py OUT.json OUT.png [--steps 200] [--rows kept cached fp8 nf4] [--also OTHER.json]
+    python benchmarks/learning.py OUT.json OUT.png [--steps 200] [--rows kept cached fp8 nf4] [--also OTHER.json ...]
 
 The model, its adapter and the rows are those of benchmarks/train.py: InternVL2-2B's size, random weights.
 It learns 64 samples of one tile and random tokens by heart, eight a step, so that the loss goes from
 that of a guess to that of a memory. `apart` is the largest distance between a row's curve and the first
 row's, of means over eight steps (an epoch), as a share of the first row's fall. --also takes rows from
-another run's file, made at the same time by another process; its first row stays the first. With --tiny it
+other runs' files, made at the same time by other processes; their first row stays the first. With --tiny it
 all runs on a CPU, with miniature layers.
 """
 
@@ -81,13 +81,15 @@ def main() -> None:
     parser.add_argument("figure", type=Path)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rate", type=float, default=1e-4)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=["kept", "cached", "fp8", "nf4"])
+    parser.add_argument("--rows", nargs="*", choices=ROWS, default=["kept", "cached", "fp8", "nf4"])
     parser.add_argument("--tiny", action="store_true", help="miniature layers on the CPU")
-    parser.add_argument("--also", type=Path, help="an OUT.json whose rows come before these")
+    parser.add_argument(
+        "--also", nargs="*", type=Path, default=[], help="OUT.jsons with former rows"
+    )
     arguments = parser.parse_args()
     rows: dict[str, dict[str, Any]] = {}
-    if arguments.also:
-        rows = json.loads(arguments.also.read_text())["rows"]
+    for other in arguments.also:
+        rows |= json.loads(other.read_text())["rows"]
     for name in arguments.rows:
         start = time.perf_counter()
         losses = curve(ROWS[name], arguments.steps, arguments.rate, arguments.tiny)

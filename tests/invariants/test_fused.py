@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from deadpan.checkpoints.load import load
 from deadpan.data.records import load as load_records
-from deadpan.models import lora
+from deadpan.models import lora, segments
 from deadpan.models.answer_loss import AnswerLoss, plain_model
 from deadpan.models.elementwise import dropped as leave_out
 from deadpan.models.fused_loss import FusedLoss, picture_features
@@ -171,3 +171,12 @@ def test_a_features_batch_is_a_pixels_batch(folder: Path, samples: list[Sample])
     known = replace(batch, pixel_values=None, features=features.detach())
     loss_of = FusedLoss(model, torch.float32)
     assert_equal(finished(model, loss_of(batch)), finished(model, loss_of(known)), batch.supervised)
+
+
+@pytest.mark.parametrize(("dim", "taken"), [(16, False), (64, False), (128, True)])
+def test_flash_attention_4_is_taken_for_the_heads_that_it_was_checked_with(
+    dim: int, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newer = object()
+    monkeypatch.setattr(segments, "_flash_4", lambda device: newer)
+    assert (segments._newer(torch.empty(3, 2, dim)) is newer) is taken

@@ -36,13 +36,14 @@ def relative(one: torch.Tensor, other: torch.Tensor) -> float:
     return ((one.float() - other).norm() / other.norm()).item()
 
 
+@pytest.mark.parametrize("dim", [16, 128])
 @pytest.mark.parametrize("positions", POSITIONS.values(), ids=POSITIONS)
-def test_attention_is_the_formula(positions: list[int]) -> None:
+def test_attention_is_the_formula(positions: list[int], dim: int) -> None:
     position_ids = torch.tensor(positions)
     where = segments.Segments.of(position_ids)
     generator = torch.Generator().manual_seed(0)
     q, k, v, grad = (
-        torch.randn(len(positions), heads, 128, generator=generator).bfloat16()
+        torch.randn(len(positions), heads, dim, generator=generator).bfloat16()
         for heads in (4, 2, 2, 4)
     )
     wq, wk, wv = (t.float() for t in (q, k, v))
