@@ -1,15 +1,14 @@
 """How fast jokes are told at InternVL2-2B's size: transformers' plain generation, its static cache, ours.
 
-    python benchmarks/generate.py OUT.json [--tiny] [--rows plain ours overlap parts profile ...]
+    python benchmarks/generate.py OUT.json [--tiny] [--rows plain ours static parts profile ...]
 
 Random weights in bfloat16, drawn on the GPU; pictures of noise, 1200 x 800, which make 7 tiles; 32 new
 tokens each, greedy. Every picture of a row is new to it, so nothing is found in the engine's store but
 where the row says so. Pictures come decoded: cutting, normalising and copying them is part of the time.
 
 Latency is that of one picture, the median of several. Throughput is that of 8 or 32 pictures at once, and of
-96 in batches of 32. `overlap` has 128 in batches of 32, and 32 in smaller batches, where a batch is read
-while the one before is answered and where it is not: `equal` is the share of answers that are the same, and
-should be 1. `served` is 32 who ask the server's queue again and again.
+96 in batches of 32, where one batch is cut while the batch before is computed. `served` is 32 who ask the
+server's queue again and again; `tower`, the vision tower by the number of tiles that it sees at once.
 
 `same_tokens` is the share of tokens before an answer first differs from transformers' plain one for the
 picture alone; bfloat16 rounds otherwise in other kernels, so it is to be read beside the same figure of
@@ -152,20 +151,6 @@ def engine_ids(engine: BuiltinEngine, requests: Sequence[Request]) -> Ids:
     return [list(answer) for answer in zip(*steps, strict=True)]
 
 
-def batches_ids(engine: BuiltinEngine) -> Ids:
-    """Where an engine's `generate` leaves its tokens from now on; the tokenizer, another model's, knows few of them."""
-    found: Ids = []
-    jokes = engine._jokes
-
-    def keep(answers: Any) -> Any:
-        told = jokes(answers)
-        found.extend(answers.ids)
-        return told
-
-    engine._jokes = keep  # type: ignore[method-assign]
-    return found
-
-
 def same(one: Ids, other: Ids) -> float:
     """The share of tokens before answers differ."""
     kept = 0
@@ -219,16 +204,12 @@ class Bench:
             lambda r: transformers_ids(self.loaded, r, cache_implementation="static"), (1,)
         )
 
-    def ours(self, cudnn: bool = False) -> dict[str, Any]:
+    def ours(self) -> dict[str, Any]:
         """The builtin engine."""
         engine = BuiltinEngine(self.loaded, 32, kept_bytes=0)
-        if engine._features._tower is not None:
-            engine._features._tower.cudnn = cudnn
         row = self.speed(lambda r: engine.generate(r, SETTINGS), AT_ONCE)
-        for _ in range(2):  # the first time, steps are recorded for the second cache
-            many = self.pictures.next(96)
-            taken = seconds(partial(engine.generate, many, SETTINGS))
-            row["pictures_a_second_96_by_32"] = 96 / taken
+        many = self.pictures.next(96)
+        row["pictures_a_second_96_by_32"] = 96 / seconds(lambda: engine.generate(many, SETTINGS))
         # Not more than is bearable in what a person looks at.
         began, heard = time.perf_counter(), 0.0
         for _ in engine.stream(self.pictures.next(1)[0], SETTINGS):
@@ -240,39 +221,12 @@ class Bench:
             row["same_tokens"] = same(self.reference, engine_ids(engine, self.compared))
         return row
 
-    def ours_cudnn(self) -> dict[str, Any]:
-        """The same with cuDNN's attention in the vision tower."""
-        return self.ours(cudnn=True)
-
-    def overlap(self) -> dict[str, Any]:
-        """Batches that are read while the ones before are answered, and batches that are not."""
-        row: dict[str, Any] = {}
-        for count, size in ((128, 32), (32, 24), (32, 16), (32, 8)):
-            compared = self.pictures.next(count)
-            told = []
-            for overlap in (False, True):
-                engine = BuiltinEngine(self.loaded, size, kept_bytes=0, overlap=overlap)
-                engine.generate(self.pictures.next(2 * size), SETTINGS)
-                ids = batches_ids(engine)
-                times = []
-                for pictures in (self.pictures.next(count), compared):
-                    began = time.perf_counter()
-                    ids.clear()
-                    engine.generate(pictures, SETTINGS)
-                    times.append(time.perf_counter() - began)
-                name = f"{count}_by_{size}" + ("_overlapped" if overlap else "")
-                row[f"pictures_a_second_{name}"] = count / min(times)
-                told.append(ids)
-                engine.close()
-            equal = [one == other for one, other in zip(*told, strict=True)]
-            row[f"equal_{count}_by_{size}"] = statistics.mean(equal)
-        return row
-
     def served(self) -> dict[str, Any]:
         """32 who ask the server's queue again and again, each about one picture."""
-        row: dict[str, Any] = {}
+        engine = BuiltinEngine(self.loaded, 32, kept_bytes=0)
+        tellers = Tellers({"ours": engine}, queue_limit=64, batch_size=32)
 
-        async def ask(tellers: Tellers, rounds: int) -> float:
+        async def rate(rounds: int) -> float:
             pictures = self.pictures.next(32 * rounds)
 
             async def client(number: int) -> None:
@@ -283,24 +237,17 @@ class Bench:
             await asyncio.gather(*(client(number) for number in range(32)))
             return len(pictures) / (time.perf_counter() - began)
 
-        async def story(overlap: bool) -> float:
-            engine = BuiltinEngine(self.loaded, 32, kept_bytes=0, overlap=overlap)
-            tellers = Tellers({"ours": engine}, queue_limit=64, batch_size=32)
-            await ask(tellers, 2)  # steps are recorded
-            rate = await ask(tellers, 5)
+        async def story() -> float:
+            await rate(2)  # steps are recorded
+            found = await rate(5)
             await tellers.close()
-            return rate
+            return found
 
-        for overlap in (False, True):
-            name = "pictures_a_second" + ("_overlapped" if overlap else "")
-            row[name] = asyncio.run(story(overlap))
-        return row
+        return {"pictures_a_second": asyncio.run(story())}
 
-    def tower(self, cudnn: bool = False) -> dict[str, Any]:
+    def tower(self) -> dict[str, Any]:
         """The vision tower and the projector, by the number of tiles that they see at once."""
         features = PictureFeatures(self.loaded.model, self.loaded.processor.tile_policy, 0)
-        assert features._tower is not None
-        features._tower.cudnn = cudnn
         edge, model = self.loaded.processor.tile_policy.tile_size, self.loaded.model
         shape = (32 * 7, 3, edge, edge)
         values = torch.randn(shape, device=model.device).to(model.dtype)
@@ -317,10 +264,6 @@ class Bench:
                 taken = min(seconds(see) for _ in range(3))
                 parts.append({"tiles": tiles, "first_s": first, "224_tiles_ms": 1e3 * taken})
         return {"parts": parts}
-
-    def tower_cudnn(self) -> dict[str, Any]:
-        """The same with cuDNN's attention."""
-        return self.tower(cudnn=True)
 
     def again(self) -> dict[str, Any]:
         """A further joke about a picture, and eight about one."""
@@ -446,13 +389,10 @@ class Bench:
 ROWS = (
     "plain",
     "ours",
-    "ours_cudnn",
-    "overlap",
     "served",
     "again",
     "parts",
     "tower",
-    "tower_cudnn",
     "masked",
     "unrecorded",
     "profile",

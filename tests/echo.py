@@ -4,11 +4,11 @@ import threading
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 
-from deadpan.engines.base import Engine, GenerationSettings, Joke, Request
+from deadpan.engines.base import GenerationSettings, Joke, Request
 from deadpan.errors import DeadpanError
 
 
-class Echo(Engine):
+class Echo:
     """Says the question back, once it is let; a question `bad` is a mistake."""
 
     batch_size = 8

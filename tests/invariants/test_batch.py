@@ -30,7 +30,7 @@ COUNT = 23
 DRAWN = GenerationSettings(temperature=1.0, seed=7)
 
 
-class Parrot(Engine):
+class Parrot:
     """An engine that names the picture, where it stands in its batch, and the seed, as drawing would."""
 
     batch_size = 8

@@ -74,12 +74,12 @@ def asked(folders: dict[str, Path]) -> Callable[[str, Request], tuple[list[int],
         features = engine._features
         with (
             patch.object(features, "_seen", wraps=features._seen) as seen,
-            patch.object(engine, "_begun", wraps=engine._begun) as read,
+            patch.object(engine, "_tokens", wraps=engine._tokens) as read,
         ):
             engine.generate([question], GREEDY)
         read.assert_called_once()
         seen.assert_called_once()
-        return read.call_args.args[0].prompts[0].ids, seen.call_args.args[0]
+        return read.call_args.args[0][0].ids, seen.call_args.args[0]
 
     return ask
 

@@ -1,6 +1,5 @@
 """Recorded steps and the cache's flash kernel on a GPU, against float32 and against steps that are not recorded."""
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -99,49 +98,6 @@ def test_a_larger_batch_and_back(loaded: Loaded, requests: list[Request]) -> Non
     assert answers(engine, requests[:2]) == alone
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_overlapped_batches_have_the_tokens_of_others(
-    tiny: Path, requests: list[Request], dtype: str
-) -> None:
-    """Many batches, so that two caches take turns; a step that meets the wrong one gives other tokens.
-
-    In bfloat16 only batches of the same size round alike.
-    """
-    loaded = load(tiny, device="cuda", dtype=dtype)
-    several = (requests * 8)[:22]
-    long = GenerationSettings(max_new_tokens=48)
-    apart = BuiltinEngine(loaded, 3, kept_bytes=0, overlap=False)
-    overlapped = BuiltinEngine(loaded, 3, kept_bytes=0)
-    for settings in (long, DRAWN):
-        expected = apart.generate(several, settings)
-        for _ in range(3):
-            assert overlapped.generate(several, settings) == expected
-    assert overlapped._beside is not None
-    assert overlapped._beside._cache
-    # One alone on the first cache, while a step in vain may still run over the second.
-    for request in requests:
-        (alone,) = apart.generate([request], long)
-        overlapped.generate(several[:6], long)
-        assert "".join(overlapped.stream(request, long)) == alone.text
-    if dtype == "fp32":
-        together = BuiltinEngine(loaded, 32, kept_bytes=0).generate(several, long)
-        assert overlapped.generate(several, long) == together
-
-
-def test_an_early_stop_while_the_next_batch_is_read(
-    loaded: Loaded, requests: list[Request], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (ids,) = answers(BuiltinEngine(loaded), requests[1:2])
-    place = next(i for i in range(2, 15) if ids[i] not in ids[:i])
-    monkeypatch.setattr(loaded.processor, "stop_id", ids[place])
-    several = [requests[1], requests[0], requests[1], requests[2]]
-    expected = BuiltinEngine(loaded, 1, overlap=False).generate(several, SETTINGS)
-    engine = BuiltinEngine(loaded, 1)
-    for _ in range(3):
-        assert engine.generate(several, SETTINGS) == expected
-    assert (expected[0].tokens, expected[0].finish_reason) == (place + 1, "stop")
-
-
 def test_streams_and_seeds(loaded: Loaded, requests: list[Request]) -> None:
     engine = BuiltinEngine(loaded)
     (alone,) = engine.generate(requests[1:2], DRAWN)
@@ -179,21 +135,6 @@ def test_a_recorded_tower_sees_what_the_tower_sees(loaded: Loaded) -> None:
             expected = features._see(values)
             assert torch.equal(features._seen(values), expected)
         assert set(features._seen._known) == {1, 2, 5}
-
-
-def test_the_tower_with_cudnns_attention(loaded: Loaded) -> None:
-    """As near to float32 as with PyTorch's own."""
-    features = PictureFeatures(loaded.model, loaded.processor.tile_policy, 0)
-    tower, theirs = features._tower, loaded.model.model.vision_tower
-    assert tower is not None
-    edge = loaded.processor.tile_policy.tile_size
-    values = torch.randn(3, 3, edge, edge, device="cuda", dtype=torch.bfloat16)
-    with torch.inference_mode():
-        exact = copy.deepcopy(theirs).float()(values.float()).last_hidden_state
-        own = (tower(values) - exact).abs().max()
-        tower.cudnn = True
-        assert (tower(values) - exact).abs().max() < 2 * own
-        assert torch.equal(features._seen(values), features._see(values))
 
 
 def test_a_gpu_sees_the_pictures_that_pillow_cuts(loaded: Loaded, requests: list[Request]) -> None:

@@ -245,20 +245,22 @@ def test_a_long_prompt_leaves_no_trace_on_the_next(
 @pytest.fixture
 def spied(
     loaded: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch
-) -> tuple[BuiltinEngine, list[Any]]:
-    """An engine, and its batches' answers."""
+) -> tuple[BuiltinEngine, list[tuple[list[list[int]], list[list[int]]]]]:
+    """An engine, and for each of its batches the prompts' ids and the steps' tokens."""
     subject = loaded("sdpa")
     processor = copy.copy(subject.processor)  # its stop token may be changed
     engine = BuiltinEngine(replace(subject, processor=processor))
-    found: list[Any] = []
-    begun = engine._begun
+    calls: list[tuple[list[list[int]], list[list[int]]]] = []
+    tokens = engine._tokens
 
-    def spy(*arguments: Any) -> Any:
-        found.append(begun(*arguments))
-        return found[-1]
+    def spy(batch: Any, *arguments: Any) -> Iterator[list[int]]:
+        calls.append(([prompt.ids for prompt in batch], []))
+        for step in tokens(batch, *arguments):
+            calls[-1][1].append(step)
+            yield step
 
-    monkeypatch.setattr(engine, "_begun", spy)
-    return engine, found
+    monkeypatch.setattr(engine, "_tokens", spy)
+    return engine, calls
 
 
 def requests(official: Path, images: list[str], questions: list[str]) -> list[Request]:
@@ -269,37 +271,37 @@ def requests(official: Path, images: list[str], questions: list[str]) -> list[Re
 
 
 def test_a_batch_is_answered_as_batch_chat_does(
-    spied: tuple[BuiltinEngine, list[Any]],
+    spied: tuple[BuiltinEngine, list[tuple[list[list[int]], list[list[int]]]]],
     official: Path,
     reference: dict[str, Any],
 ) -> None:
-    (engine, found), expected = spied, reference["batch_chat"]
+    (engine, calls), expected = spied, reference["batch_chat"]
     jokes = engine.generate(requests(official, expected["images"], expected["questions"]), GREEDY)
-    (answers,) = found
+    ((prompts, steps),) = calls
     # The official code pads on the left.
     masks = expected["attention_mask"]
-    assert [prompt.ids for prompt in answers.batch.prompts] == [
+    assert prompts == [
         ids[len(mask) - sum(mask) :] for ids, mask in zip(expected["input_ids"], masks, strict=True)
     ]
-    assert answers.ids == expected["new_tokens"]
+    assert [list(answer) for answer in zip(*steps, strict=True)] == expected["new_tokens"]
     assert [joke.text for joke in jokes] == expected["responses"]
     assert [(joke.tokens, joke.finish_reason) for joke in jokes] == [(24, "length")] * 2
     assert [joke.prompt_tokens for joke in jokes] == [sum(mask) for mask in masks]
 
 
 def test_an_answer_ends_at_the_stop_token(
-    spied: tuple[BuiltinEngine, list[Any]],
+    spied: tuple[BuiltinEngine, list[tuple[list[list[int]], list[list[int]]]]],
     official: Path,
     reference: dict[str, Any],
 ) -> None:
     # The model says <|im_end|> nowhere, so a token that it does say stands in.
-    (engine, found), expected = spied, reference["stop_at_eos"]
+    (engine, calls), expected = spied, reference["stop_at_eos"]
     stop = expected["eos_token_id"]
     engine._processor.stop_id = stop
     case = reference["cases"][expected["case"]]
     (request,) = requests(official, case["images"], [case["question"]])
     (joke,) = engine.generate([request], GREEDY)
-    assert found[0].ids == [expected["new_tokens"]]
+    assert [token for (token,) in calls[0][1]] == expected["new_tokens"]
     assert (joke.tokens, joke.finish_reason) == (len(expected["new_tokens"]), "stop")
     said = engine._processor.tokenizer.decode(expected["new_tokens"][:-1])
     assert joke.text == said.strip()

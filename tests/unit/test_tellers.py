@@ -1,18 +1,14 @@
 """Many askers, one engine: what is batched, refused, dropped and finished."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Iterable
-from pathlib import Path
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, cast
 
 import pytest
 from PIL import Image
 
-from deadpan.checkpoints.load import load
 from deadpan.data.records import Turn
 from deadpan.engines.base import GenerationSettings, Joke, Request
-from deadpan.engines.builtin import BuiltinEngine
-from deadpan.errors import DeadpanError
 from deadpan.serve.tellers import (
     AnswerTimeout,
     QueueFull,
@@ -98,9 +94,9 @@ def test_a_mistake_costs_its_asker_alone_an_answer() -> None:
     run(story())
 
 
-def test_an_engine_that_takes_no_question_fails_those_that_wait() -> None:
+def test_what_goes_wrong_in_an_engine_is_its_askers_to_see() -> None:
     class Gone(Echo):
-        def generate_each(self, asked: Iterable[Any]) -> Any:
+        def generate(self, *_: Any) -> Any:
             raise RuntimeError("the device is lost")
 
     async def story() -> None:
@@ -185,41 +181,3 @@ def test_an_engine_begins_with_what_waits_and_equal_requests_stay_one() -> None:
         await tellers.close()
 
     run(scenario())
-
-
-def test_the_next_batch_is_begun_while_the_last_is_answered(tiny: Path) -> None:
-    """Questions of all kinds at once, of which one is wrong: each has the answer that it has alone."""
-    loaded = load(tiny, device="cpu")
-    alone = BuiltinEngine(loaded)
-    engine = BuiltinEngine(loaded, overlap=True)
-    kinds = [
-        GenerationSettings(max_new_tokens=6),
-        GenerationSettings(max_new_tokens=9),
-        GenerationSettings(max_new_tokens=6, temperature=1.5, seed=2),
-    ]
-
-    async def ask(tellers: Tellers, number: int) -> str:
-        settings = kinds[number % 3]
-        request = Request([], [Turn("human", f"{number}?" * (number % 5 + 1))])
-        if number == 11:
-            request = Request([], [Turn("human", "<image>")])
-        if number % 7 == 3:
-            told = [piece async for piece in tellers.pieces("tiny", request, settings)]
-            assert isinstance(told[-1], Joke)
-            assert told[-1] == alone.generate([request], settings)[0]
-            return told[-1].text
-        (joke,) = await tellers.ask("tiny", [request], settings)
-        assert joke == alone.generate([request], settings)[0]
-        return joke.text
-
-    async def story() -> None:
-        tellers = Tellers({"tiny": engine}, batch_size=3)
-        asking = [asyncio.create_task(ask(tellers, number)) for number in range(30)]
-        answers = await asyncio.gather(*asking, return_exceptions=True)
-        assert [i for i, answer in enumerate(answers) if not isinstance(answer, str)] == [11]
-        assert isinstance(answers[11], DeadpanError)
-        assert engine._beside is not None
-        assert engine._beside._cache
-        await tellers.close()
-
-    run(story())

@@ -7,18 +7,15 @@ machines, on the number of processes.
 """
 
 import random
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from deadpan.batch.jokes import Broken, Jokes, Writer
 from deadpan.batch.pictures import Item
-from deadpan.engines.base import Asked, Engine, GenerationSettings, Request
+from deadpan.engines.base import Engine, GenerationSettings, Request
 from deadpan.errors import DeadpanError
 from deadpan.train.processes import Processes
 
@@ -125,45 +122,28 @@ def _tell(
     """Ask one process's batches; returns the pictures told."""
     new, seen, total = 0, 0, sum(len(batch) for _, batch in batches)
     engine: Engine | None = None
-    coming: deque[tuple[Sequence[Item], list[Item]]] = deque()
 
     def prepared(request: Request) -> Request:
         return request if engine is None else engine.prepare(request)
 
-    def went(asked: Sequence[Item]) -> None:
-        nonlocal seen
+    for number, asked, opened in _opened(batches, prepared):
+        broken += [Broken(item, why) for item, why in opened if isinstance(why, str)]
+        whole = [(item, request) for item, request in opened if isinstance(request, Request)]
+        # A batch of which only broken pictures are left untold needs no answers.
+        if any(item.id not in done for item, _ in whole):
+            engine = engine or engine_of()
+            requests = [request for _, request in whole for _ in range(n)]
+            answers = engine.generate(requests, _seeded(settings, number))
+            for place, (item, _) in enumerate(whole):
+                if item.id not in done:
+                    told = answers[place * n : (place + 1) * n]
+                    writer.write(
+                        item, [joke.text for joke in told], [joke.finish_reason for joke in told]
+                    )
+                    new += 1
         seen += len(asked)
         if progress is not None:
             progress(seen, total)
-
-    def questions() -> Generator[Asked, None, None]:
-        for number, asked, opened in _opened(batches, prepared):
-            broken.extend(Broken(item, why) for item, why in opened if isinstance(why, str))
-            whole = [(item, request) for item, request in opened if isinstance(request, Request)]
-            # A batch of which only broken pictures are left untold needs no answers.
-            if any(item.id not in done for item, _ in whole):
-                coming.append((asked, [item for item, _ in whole]))
-                requests = [request for _, request in whole for _ in range(n)]
-                yield requests, _seeded(settings, number)
-            else:
-                went(asked)
-
-    with closing(questions()) as calls:
-        first = next(calls, None)
-        if first is not None:
-            engine = engine_of()
-            for answers in engine.generate_each(chain([first], calls)):
-                asked, whole = coming.popleft()
-                for place, item in enumerate(whole):
-                    if item.id not in done:
-                        told = answers[place * n : (place + 1) * n]
-                        writer.write(
-                            item,
-                            [joke.text for joke in told],
-                            [joke.finish_reason for joke in told],
-                        )
-                        new += 1
-                went(asked)
     return new
 
 

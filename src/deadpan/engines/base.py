@@ -4,7 +4,7 @@ An engine is built from a checkpoint and generation settings only; template, til
 checkpoint, so that no engine can be served with another prompt than the one trained on.
 """
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -62,10 +62,6 @@ class Request:
     prepared: Any = field(default=None, compare=False, repr=False)
 
 
-Asked = tuple[Sequence[Request], GenerationSettings]
-"""What one call of `generate` is asked."""
-
-
 @dataclass(frozen=True)
 class Joke:
     """An answer.
@@ -99,18 +95,6 @@ class Engine(Protocol):
 
     def generate(self, requests: Sequence[Request], settings: GenerationSettings) -> list[Joke]:
         """Answer requests, in their order."""
-
-    def generate_each(self, asked: Iterable[Asked | None]) -> Iterator[list[Joke]]:
-        """What `generate` gives for each of several calls; the next may be taken before the last is given.
-
-        Until the end, the engine is to be asked nothing else.
-
-        Args:
-            asked: The calls; None for nothing yet: what is begun goes on, and the next is asked for again.
-        """
-        for call in asked:
-            if call is not None:
-                yield self.generate(*call)
 
     def stream(self, request: Request, settings: GenerationSettings) -> Generator[str, None, Joke]:
         """Answer one request piece by piece; the pieces joined are the text of the joke returned at the end."""

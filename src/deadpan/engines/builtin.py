@@ -3,25 +3,19 @@
 A batch is read by `deadpan.models.decoding`, and then each step gives every answer one token. The tokens
 stay on the device: they are copied to the host beside the computing, and on a GPU the host looks for the
 end one step behind. So the device never waits for it, at the price of one step in vain.
-
-Reading is arithmetic, and a step is memory and waiting: on a GPU a batch's steps run on a stream of their
-own while the next batch is seen and read. One thread gives both to the device.
-
-    the current stream    read 1   read 2           read 3
-    the steps' stream              steps of 1       steps of 2 ...
 """
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import replace
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedTokenizerFast, TextStreamer
 
 from deadpan.checkpoints.load import Loaded
-from deadpan.engines.base import Asked, GenerationSettings, Joke, Request
-from deadpan.engines.batches import Answers, Batch, Prompt
-from deadpan.engines.features import KEPT_BYTES, PictureFeatures
+from deadpan.engines.base import GenerationSettings, Joke, Request
+from deadpan.engines.features import KEPT_BYTES, Cut, PictureFeatures
 from deadpan.models.answer_loss import plain_model
 from deadpan.models.attention import kernels
 from deadpan.models.decoding import Decoder, ModuleDecoder, unsupported
@@ -36,6 +30,21 @@ def batch_size_for(device: torch.device) -> int:
     return _BATCH_SIZE["cuda" if device.type == "cuda" else "cpu"]
 
 
+@dataclass(eq=False)
+class _Prompt:
+    """A conversation to be continued, by one answer or several.
+
+    Attributes:
+        request: The first request that has it.
+        ids: Its tokens.
+        cuts: Its pictures, while they are cut and seen.
+    """
+
+    request: Request
+    ids: list[int]
+    cuts: list[Future[Cut]] | None = None
+
+
 class BuiltinEngine:
     """Answers with the model in this process.
 
@@ -45,16 +54,10 @@ class BuiltinEngine:
             device.
         kept_bytes: The most bytes of pictures' features kept for further jokes; 0 for a model whose weights
             change.
-        overlap: Read a batch while the one before is answered, which takes another cache's memory, and is
-            not done where there is none; None where it saves time.
     """
 
     def __init__(
-        self,
-        loaded: Loaded,
-        batch_size: int | None = None,
-        kept_bytes: int = KEPT_BYTES,
-        overlap: bool | None = None,
+        self, loaded: Loaded, batch_size: int | None = None, kept_bytes: int = KEPT_BYTES
     ) -> None:
         self._model = loaded.model.eval()
         self._processor = loaded.processor
@@ -62,14 +65,6 @@ class BuiltinEngine:
         self.batch_size = batch_size or batch_size_for(self._device)
         self._modules = ModuleDecoder(self._model)
         self._decoder = Decoder(self._model) if unsupported(self._model) is None else None
-        self._beside = self._decoder.beside() if self._decoder else None
-        self._overlap = (
-            bool(self._decoder and self._decoder.records) if overlap is None else overlap
-        )
-        # First come the few blocks of a step, and the others have what is left.
-        self._side = (
-            torch.cuda.Stream(self._device, priority=-1) if self._device.type == "cuda" else None
-        )
         self._features = PictureFeatures(self._model, loaded.processor.tile_policy, kept_bytes)
 
     def prepare(self, request: Request) -> Request:
@@ -78,94 +73,31 @@ class BuiltinEngine:
 
     def generate(self, requests: Sequence[Request], settings: GenerationSettings) -> list[Joke]:
         """Answer requests, in their order; those for the same conversation share its reading."""
-        (jokes,) = self.generate_each([(requests, settings)])
+        prompts = self._prompts(requests)
+        uniform = _uniform(len(requests), settings)
+        batches = self._batches(prompts, settings)
+        jokes: list[Joke] = []
+        for number, batch in enumerate(batches):
+            following = batches[number + 1] if number + 1 < len(batches) else []
+            for prompt in [*batch, *following]:
+                self._cut(prompt)  # the next batch's pictures while this one is computed
+            answers: list[list[int]] = [[] for _ in batch]
+            numbers = uniform[len(jokes) : len(jokes) + len(batch)]
+            for tokens in self._tokens(batch, settings, numbers):
+                for answer, token in zip(answers, tokens, strict=True):
+                    answer.append(token)
+            jokes += [
+                self._joke(answer, len(prompt.ids))
+                for answer, prompt in zip(answers, batch, strict=True)
+            ]
+            for prompt in batch:
+                if prompt not in following:
+                    prompt.cuts = None
         return jokes
 
-    def generate_each(self, asked: Iterable[Asked | None]) -> Generator[list[Joke], None, None]:
-        """What `generate` gives for each of several calls, a call being read while the one before is answered.
-
-        Args:
-            asked: The calls, each taken once the one before is begun; None for nothing yet, and it is asked
-                for the next after a step.
-        """
-        jokes: list[Joke] = []
-        with closing(self._told(self._batches(asked))) as told:
-            for batch, of_batch in told:
-                jokes += of_batch
-                if not batch.coming:
-                    yield jokes
-                    jokes = []
-
-    def _batches(self, asked: Iterable[Asked | None]) -> Iterator[Batch | None]:
-        for call in asked:
-            if call is None:
-                yield None
-                continue
-            requests, settings = call
-            if not requests:
-                yield Batch([], settings, torch.empty(0, 0))
-                continue
-            prompts = self._prompts(requests)
-            uniform = _uniform(len(prompts), settings)
-            longest = max(len(prompt.ids) for prompt in prompts) + settings.max_new_tokens
-            size = min(self.batch_size, len(prompts))
-            twice = False
-            if self._decoder is not None and self._beside is not None:
-                room = self._decoder.room(longest, self._beside)
-                twice = self._overlap and longest <= self._decoder.longest
-                twice = twice and room >= 2 * size and self._beside.room(longest) >= size
-                size = min(size, room)
-            for start in range(0, len(prompts), size):
-                end = start + size
-                coming = prompts[end : end + size]
-                for prompt in [*prompts[start:end], *coming]:
-                    self._cut(prompt)  # the next batch's pictures while this one is computed
-                part = prompts[start:end], settings, uniform[start:end]
-                yield Batch(*part, coming, longest, twice)
-
-    def _told(
-        self, batches: Iterator[Batch | None]
-    ) -> Generator[tuple[Batch, list[Joke]], None, None]:
-        """Batches with their jokes, in order."""
-        before: Answers | None = None
-        first: Decoder | ModuleDecoder = self._decoder or self._modules
-        decoder = first
-        try:
-            for batch in batches:
-                if batch is None:
-                    if before is not None and next(before.rest(), None) is None:
-                        yield before.batch, self._jokes(before)
-                        before = None
-                    continue
-                if before is not None and not batch.twice:
-                    yield before.batch, self._jokes(before)
-                    before = None
-                if not batch.prompts:
-                    yield batch, []
-                    continue
-                if not batch.twice:
-                    self._make_room(batch)
-                other = self._beside if before is not None and decoder is first else None
-                decoder = other or first
-                answers = self._begun(batch, decoder, before, self._side if batch.twice else None)
-                for prompt in batch.prompts:
-                    if prompt not in batch.coming:
-                        prompt.cuts = None
-                if before is not None:
-                    yield before.batch, self._jokes(before)
-                before = answers
-                if not batch.twice:
-                    yield batch, self._jokes(answers)
-                    before = None
-            if before is not None:
-                yield before.batch, self._jokes(before)
-        finally:
-            # What comes next may take the place of what a step in vain reads still.
-            self._settle()
-
-    def _prompts(self, requests: Sequence[Request]) -> list[Prompt]:
+    def _prompts(self, requests: Sequence[Request]) -> list[_Prompt]:
         """What each request continues; equal conversations about the same pictures are one."""
-        known: dict[object, Prompt] = {}
+        known: dict[object, _Prompt] = {}
         policy = self._processor.tile_policy
         prompts = []
         for request in requests:
@@ -174,46 +106,48 @@ class BuiltinEngine:
             if key not in known:
                 counts = [policy.count(image.size, len(images)) for image in images]
                 ids, _ = self._processor.encode(turns, counts, request.name)
-                known[key] = Prompt(request, ids, request.prepared)
+                known[key] = _Prompt(request, ids, request.prepared)
             prompts.append(known[key])
         return prompts
 
-    def _cut(self, prompt: Prompt) -> None:
+    def _batches(
+        self, prompts: Sequence[_Prompt], settings: GenerationSettings
+    ) -> list[list[_Prompt]]:
+        longest = max((len(prompt.ids) for prompt in prompts), default=0) + settings.max_new_tokens
+        size = self.batch_size
+        if self._decoder is not None:
+            size = min(size, self._decoder.room(longest))
+        return [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
+
+    def _cut(self, prompt: _Prompt) -> None:
         if prompt.cuts is None:
             prompt.cuts = self._features.cut(prompt.request.images)
 
+    # Not only `with`: a generator would leave the mode on for whoever reads it.
     @torch.inference_mode()
-    def _begun(
-        self,
-        batch: Batch,
-        decoder: Decoder | ModuleDecoder,
-        before: Answers | None = None,
-        stream: torch.cuda.Stream | None = None,
-    ) -> Answers:
-        """Read a batch.
+    def _tokens(
+        self, batch: Sequence[_Prompt], settings: GenerationSettings, uniform: torch.Tensor
+    ) -> Iterator[list[int]]:
+        """The answers' tokens, step by step, until all have ended.
 
         Args:
-            batch: What is asked.
-            decoder: What reads it; it is at work for no other.
-            before: Answers that are to grow meanwhile.
-            stream: Where the steps are to run; None for the current stream.
+            batch: What each answer continues.
+            settings: How tokens are drawn.
+            uniform: Random numbers for drawing, of shape (answer, step).
         """
-        settings = batch.settings
-        prompts = list(dict.fromkeys(batch.prompts))
+        prompts = list(dict.fromkeys(batch))
         longest = max(len(prompt.ids) for prompt in prompts) + settings.max_new_tokens
-        if isinstance(decoder, Decoder) and longest > decoder.longest:
-            decoder = self._modules
+        decoder: Decoder | ModuleDecoder = self._modules
+        if self._decoder is not None and longest <= self._decoder.longest:
+            decoder = self._decoder
 
         def features(wanted: Sequence[int]) -> torch.Tensor | None:
-            if before is not None:
-                before.go_on()
             cuts = [cut for i in wanted for cut in prompts[i].cuts or []]
             return self._features.of(cut.result() for cut in cuts) if cuts else None
 
         number = {prompt: i for i, prompt in enumerate(prompts)}
-        rows = [number[prompt] for prompt in batch.prompts]
-        uniform = batch.uniform
-        if self._side is not None and uniform.numel():
+        rows = [number[prompt] for prompt in batch]
+        if self._device.type == "cuda" and uniform.numel():
             uniform = uniform.pin_memory()  # or the copy waits for the device
         uniform = uniform.to(self._device, non_blocking=True)
 
@@ -223,41 +157,21 @@ class BuiltinEngine:
             return drawn(logits, settings.temperature, settings.top_p, uniform[:, step])
 
         ids = [prompt.ids for prompt in prompts]
-        first = chosen(decoder.begin(ids, rows, features, settings.max_new_tokens), 0)
-        return Answers(
-            batch,
-            first,
-            lambda tokens, step: chosen(decoder.step(tokens), step),
-            self._processor.stop_id,
-            stream,
-        )
-
-    def _tokens(
-        self, prompts: Sequence[Prompt], settings: GenerationSettings, uniform: torch.Tensor
-    ) -> Iterator[list[int]]:
-        """The tokens of a batch's answers, step by step, until all have ended."""
-        batch = Batch(prompts, settings, uniform)
-        yield from self._begun(batch, self._decoder or self._modules).rest()
-
-    def _jokes(self, answers: Answers) -> list[Joke]:
-        for _ in answers.rest():
-            pass
-        self._settle()
-        return [
-            self._joke(ids, len(prompt.ids))
-            for ids, prompt in zip(answers.ids, answers.batch.prompts, strict=True)
-        ]
-
-    def _make_room(self, batch: Batch) -> None:
-        """Let go of the second cache if a batch by itself wants its memory."""
-        wanted = len(batch.prompts)
-        if self._decoder and self._beside and self._decoder.room(batch.longest) < wanted:
-            self._beside.release()
-
-    def _settle(self) -> None:
-        """Let what comes on the current stream wait for the steps."""
-        if self._side is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._side)
+        tokens = chosen(decoder.begin(ids, rows, features, settings.max_new_tokens), 0)
+        behind = 1 if self._device.type == "cuda" else 0
+        coming: deque[_Coming] = deque()
+        going = set(range(len(batch)))
+        for step in range(settings.max_new_tokens):
+            if step:
+                tokens = chosen(decoder.step(tokens), step)
+            coming.append(_Coming(tokens))
+            if len(coming) > behind:
+                arrived = coming.popleft().ids()
+                yield arrived
+                going -= {row for row in going if arrived[row] == self._processor.stop_id}
+                if not going:
+                    return
+        yield from (each.ids() for each in coming)
 
     def _joke(self, ids: list[int], prompt_tokens: int) -> Joke:
         stop = self._processor.stop_id
@@ -342,7 +256,7 @@ class BuiltinEngine:
     def close(self) -> None:
         """Release the model's memory."""
         self._features.close()
-        del self._model, self._modules, self._decoder, self._beside, self._features
+        del self._model, self._modules, self._decoder, self._features
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -362,6 +276,25 @@ def _uniform(rows: int, settings: GenerationSettings) -> torch.Tensor:
     steps = settings.max_new_tokens
     numbers = [torch.rand(steps, generator=generator, dtype=torch.float64) for _ in range(rows)]
     return torch.stack(numbers)
+
+
+class _Coming:
+    """Tokens on their way to the host."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        self._tokens = tokens
+        if tokens.is_cuda:
+            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._tokens.copy_(tokens, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(tokens.device))
+
+    def ids(self) -> list[int]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        found: list[int] = self._tokens.tolist()
+        return found
 
 
 class _Text(TextStreamer):

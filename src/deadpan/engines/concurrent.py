@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from deadpan.engines.base import Engine, GenerationSettings, Joke, Request
+from deadpan.engines.base import GenerationSettings, Joke, Request
 from deadpan.environment import INSTALL
 from deadpan.errors import DeadpanError
 from deadpan.processing.processor import Processor
@@ -87,7 +87,7 @@ def imported(module: str) -> Any:
         ) from None
 
 
-class ConcurrentEngine(Engine, ABC):
+class ConcurrentEngine(ABC):
     """An engine that may be asked from any number of threads.
 
     Args:

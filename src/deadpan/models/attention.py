@@ -37,17 +37,6 @@ def kernels() -> AbstractContextManager[None]:
     )
 
 
-def kernels_for_few_shapes() -> AbstractContextManager[None]:
-    """The same for attention whose shapes come again and again: cuDNN's kernel first, where it runs."""
-    order = [
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ]
-    return sdpa_kernel(order, set_priority=True)
-
-
 def implementation(attention: str) -> str:
     """The name by which transformers knows an attention choice.
 

@@ -22,7 +22,6 @@ Weights are the model's own, adapters unmerged and NF4 included, read as trainin
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,34 +119,18 @@ class Decoder:
         self._cos, self._sin = cos[0], sin[0]  # (position, dim)
         self._none = torch.zeros((), dtype=torch.int32, device=self._device)
         quantised = nf4.is_quantised(language_model.layers[0].self_attn.k_proj.weight)
-        self.records = record and self._device.type == "cuda" and not quantised
+        self._record = record and self._device.type == "cuda" and not quantised
         self._flash = flash and has_flash(weight)
         self._vocabulary = len(plain.lm_head.weight)
         self._head = padded(plain.lm_head)
-        self.release()
-
-    def release(self) -> None:
-        """Let go of the cache and of all that is recorded."""
-        self._plans: OrderedDict[tuple[int, int], _Plan] = OrderedDict()
         self._cache: list[torch.Tensor] = []
-        # Its own: what is recorded into one pool must not be played back by two streams at a time.
-        self._pool: Any = torch.cuda.graph_pool_handle() if self.records else None
+        self._plans: OrderedDict[tuple[int, int], _Plan] = OrderedDict()
+        self._pool: Any = torch.cuda.graph_pool_handle() if self._record else None
         self._plan: _Plan
         self._rows, self._reached = 0, 0
 
-    def beside(self) -> "Decoder":
-        """A decoder of the same weights with a cache of its own: both may be at work at once."""
-        other = copy(self)
-        other.release()
-        return other
-
-    def room(self, length: int, other: "Decoder | None" = None) -> int:
-        """How many rows of a length the GPU's free memory holds; at least 1.
-
-        Args:
-            length: Places of each row.
-            other: A decoder whose cache counts as free too.
-        """
+    def room(self, length: int) -> int:
+        """How many rows of a length the GPU's free memory holds; at least 1."""
         if self._device.type != "cuda":
             return 2**31
         length = -(-length // _STEP) * _STEP
@@ -156,11 +139,10 @@ class Decoder:
         row = length * len(self._layers) * 2 * layer.key_heads * layer.dim * element
         free, _ = torch.cuda.mem_get_info(self._device)
         kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        caches = self._cache + (other._cache if other else [])
-        own = sum(cache.nbytes for cache in caches)
+        own = sum(cache.nbytes for cache in self._cache)
         spare = 2**31  # for the prompts' activations
         rows = max(1, int((free + kept + own - spare) * 0.9) // row)
-        return 1 << (rows.bit_length() - 1) if self.records else rows
+        return 1 << (rows.bit_length() - 1) if self._record else rows
 
     def begin(
         self,
@@ -217,7 +199,7 @@ class Decoder:
 
     def _planned(self, rows: int, length: int) -> _Plan:
         """The plan for so many rows and places, its step recorded, and the cache large enough."""
-        if self.records:
+        if self._record:
             rows = 1 << (rows - 1).bit_length()
             length = -(-length // _STEP) * _STEP
         if not self._cache or self._cache[0].shape[0] < rows * length:
@@ -241,7 +223,7 @@ class Decoder:
                 self._moved(range(rows + 1), torch.int32),
                 self._moved([0] * rows, torch.int32),
             )
-            if self.records:
+            if self._record:
                 self._recorded(plan)
             self._plans[rows, length] = plan
             if len(self._plans) > _RECORDED:
@@ -252,8 +234,7 @@ class Decoder:
     def _recorded(self, plan: _Plan) -> None:
         """Record a step. It is run before, so that its kernels are compiled, chosen and loaded."""
         with torch.cuda.device(self._device):
-            # Few small kernels, which are to come first where another stream computes beside them.
-            side, current = torch.cuda.Stream(priority=-1), torch.cuda.current_stream()
+            side, current = torch.cuda.Stream(), torch.cuda.current_stream()
             side.wait_stream(current)
             with torch.cuda.stream(side):
                 for _ in range(2):
@@ -268,7 +249,7 @@ class Decoder:
     def _step(self, plan: _Plan) -> torch.Tensor:
         x = self._plain.get_input_embeddings()(plan.tokens)
         plan.used.copy_(plan.positions + 1)
-        reached = plan.length if self.records else self._reached
+        reached = plan.length if self._record else self._reached
 
         def attended(q: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
             if self._flash:

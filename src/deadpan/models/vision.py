@@ -6,7 +6,6 @@ product as well.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import nn
 from torch.nn import functional
 from transformers import InternVLForConditionalGeneration
 
-from deadpan.models.attention import kernels_for_few_shapes
 from deadpan.models.frozen import Frozen, Rows
 from deadpan.models.fused import elementwise_for
 
@@ -92,24 +90,17 @@ class VisionTower:
 
     Args:
         model: InternVL.
-
-    Attributes:
-        cudnn: Use cuDNN's attention, for numbers of tiles that come again and again.
     """
 
     def __init__(self, model: InternVLForConditionalGeneration) -> None:
         self._tower = model.model.vision_tower
         self._patches = _Patches(self._tower.embeddings)
-        self.cudnn = False
         self._ops = elementwise_for(model.lm_head.weight.device)
         self._layers = [_Layer(layer, model.dtype) for layer in self._tower.encoder.layer]
 
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels of shape (tile, 3, tile_size, tile_size) to hidden states (tile, token, channel)."""
-        with kernels_for_few_shapes() if self.cudnn else nullcontext():
-            return self._seen(self._patches(pixel_values))
-
-    def _seen(self, x: torch.Tensor) -> torch.Tensor:
+        x = self._patches(pixel_values)
         shape = x.shape
         x = x.flatten(0, 1)
         weight, bias, eps = self._layers[0].norms[0]

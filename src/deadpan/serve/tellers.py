@@ -2,23 +2,22 @@
 
 The builtin engine computes in one thread of its own, so the event loop never waits for it and it never meets two
 threads. Questions wait in a queue of limited length; those that wait together and are to be answered in the same way
-go to the engine as one batch, and the engine may read a batch while it answers the one before. An engine that batches
-by itself is asked from as many threads as it is to answer questions at once, each for itself. A question whose asker
-has gone before its turn is dropped.
+go to the engine as one batch. An engine that batches by itself is asked from as many threads as it is to answer
+questions at once, each for itself. A question whose asker has gone before its turn is dropped.
 """
 
 import asyncio
 import contextlib
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from PIL import Image
 
 from deadpan.data.records import Turn
-from deadpan.engines.base import Asked, Engine, GenerationSettings, Joke, Request
+from deadpan.engines.base import Engine, GenerationSettings, Joke, Request
 from deadpan.engines.concurrent import ConcurrentEngine
 from deadpan.errors import DeadpanError, did_you_mean
 
@@ -117,22 +116,18 @@ class _Worker:
             pass
 
     def _answered(self) -> bool:
-        """Answer what waits, and what comes meanwhile; false once all is done and the tellers close."""
+        """Answer a batch; false once all is done and the tellers close."""
+        waited = self._next()
+        jobs = [job for job in waited if job.done.set_running_or_notify_cancel()]
+        if jobs:
+            self._run(jobs)
+        return bool(waited)
+
+    def _next(self) -> list[_Job]:
+        """The jobs of the next batch, oldest first; none once all is done and the tellers close."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closing)
             if not self._waiting:
-                return False
-        for job in self._next(streams=True):
-            self._run(job)
-        running = deque([self._next(streams=False)])
-        if running[0]:
-            self._run_batches(running)
-        return True
-
-    def _next(self, streams: bool) -> list[_Job]:
-        """The jobs of the next batch that waits, oldest first; none if a stream's turn has come, or the reverse."""
-        with self._changed:
-            if not self._waiting or (self._waiting[0].emit is not None) != streams:
                 return []
             jobs = [self._waiting.popleft()]
             room = self._batch_size - len(jobs[0].requests)
@@ -141,44 +136,26 @@ class _Worker:
                     self._waiting.remove(job)
                     jobs.append(job)
                     room -= len(job.requests)
-        return [job for job in jobs if job.done.set_running_or_notify_cancel()]
+            return jobs
 
-    def _run_batches(self, running: deque[list[_Job]]) -> None:
-        """Answer a batch and those that come meanwhile, until none waits or a stream's turn has come."""
-
-        def asked() -> Iterator[Asked | None]:
-            yield _call(running[0])
-            while running:
-                if more := self._next(streams=False):
-                    running.append(more)
-                    yield _call(more)
-                else:
-                    yield None
-
+    def _run(self, jobs: list[_Job]) -> None:
         try:
-            for answers in self._engine.generate_each(asked()):
-                for job in running.popleft():
-                    job.done.set_result(answers[: len(job.requests)])
-                    answers = answers[len(job.requests) :]
+            answers = self._stream(jobs[0]) if jobs[0].emit else self._generate(jobs)
         except Exception as error:  # noqa: BLE001 - it is the asker's to see, and the thread must live on
-            failed = [job for batch in running for job in batch]
-            if len(failed) == 1:
-                failed[0].done.set_exception(error)
+            if len(jobs) == 1:
+                jobs[0].done.set_exception(error)
             else:
                 # One question's mistake is not to cost its neighbours their answers.
-                for job in failed:
-                    self._run(job)
+                for job in jobs:
+                    self._run([job])
+            return
+        for job in jobs:
+            job.done.set_result(answers[: len(job.requests)])
+            answers = answers[len(job.requests) :]
 
-    def _run(self, job: _Job) -> None:
-        """Answer a job by itself."""
-        try:
-            answers = (
-                self._stream(job) if job.emit else self._engine.generate(job.requests, job.settings)
-            )
-        except Exception as error:  # noqa: BLE001 - it is the asker's to see, and the thread must live on
-            job.done.set_exception(error)
-        else:
-            job.done.set_result(answers)
+    def _generate(self, jobs: list[_Job]) -> list[Joke]:
+        requests = [request for job in jobs for request in job.requests]
+        return self._engine.generate(requests, jobs[0].settings)
 
     def _stream(self, job: _Job) -> list[Joke]:
         assert job.emit is not None
@@ -190,10 +167,6 @@ class _Worker:
                 except StopIteration as end:
                     return [end.value]
         return []
-
-
-def _call(jobs: Sequence[_Job]) -> Asked:
-    return [request for job in jobs for request in job.requests], jobs[0].settings
 
 
 class Tellers:
