@@ -57,6 +57,11 @@ def make_run(folder: Path, *links: str) -> Path:
     return folder
 
 
+def test_no_name_is_no_model() -> None:
+    with pytest.raises(DeadpanError, match="has no name"):
+        resolve("")
+
+
 def test_a_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "owner" / "name"
     folder.mkdir(parents=True)

@@ -46,10 +46,14 @@ def resolve(model: str | Path) -> Path:
             for the model that comes with deadpan.
 
     Raises:
-        DeadpanError: If there is no such folder and the Hub has none either, or cannot be reached.
+        DeadpanError: If no name is given, or there is no such folder and the Hub has none either, or cannot be
+            reached.
     """
     if str(model) == nano.MODEL:
         return nano.BASE
+    if not str(model):
+        # Which a path would take for the current folder.
+        raise DeadpanError("The model has no name.", fix="name a folder, a run, or a Hub id")
     folder = Path(model).expanduser()
     if folder.name in _LINKS and (folder.parent / "checkpoints").is_dir():
         folder = _pointed(folder) or folder
