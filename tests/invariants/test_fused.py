@@ -11,9 +11,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from deadpan.checkpoints.load import load
+from adapters import adapted
 from deadpan.data.records import load as load_records
-from deadpan.models import lora, segments
+from deadpan.models import segments
 from deadpan.models.answer_loss import AnswerLoss, plain_model
 from deadpan.models.elementwise import dropped as leave_out
 from deadpan.models.fused_loss import FusedLoss, picture_features
@@ -24,16 +24,6 @@ from make_tiny_model import make_official
 
 Gradients = dict[str, torch.Tensor]
 TOLERANCE = 1e-5
-
-
-def adapted(folder: Path, targets: str | list[str] = "all-linear") -> PeftModel:
-    model = load(folder, device="cpu", dtype="fp32", attention="sdpa").model
-    torch.manual_seed(0)
-    peft_model = lora.attach(model, str(folder), 8, 16, 0.0, targets, True)
-    for name, parameter in peft_model.named_parameters():
-        if ".lora_B." in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return peft_model.train()
 
 
 @pytest.fixture(scope="module", params=["InternLM2ForCausalLM", "Qwen2ForCausalLM"])
@@ -86,7 +76,7 @@ def test_loss_and_gradients_are_those_of_transformers(
 
 
 def test_so_they_are_with_adapters_on_some_layers_only(folder: Path, samples: list[Sample]) -> None:
-    model = adapted(folder, ["q_proj", "v_proj", "up_proj"])
+    model = adapted(folder, targets=["q_proj", "v_proj", "up_proj"])
     batch = collate(samples, 0, packing=True)
     expected = plain(model, batch)
     found = finished(model, FusedLoss(model, torch.float32)(batch))

@@ -13,10 +13,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from deadpan.checkpoints.load import load
+from adapters import adapted
 from deadpan.data.records import Turn
 from deadpan.data.records import load as load_records
-from deadpan.models import lora
 from deadpan.models.answer_loss import AnswerLoss, plain_model
 from deadpan.models.attention import VARLEN
 from deadpan.models.build import checkpoint_layers
@@ -31,13 +30,7 @@ Gradients = dict[str, torch.Tensor]
 
 def trainable_model(folder: Path, attention: str, dropout: float = 0.0) -> PeftModel:
     """A model in training mode whose adapter says something, as a fresh one does not."""
-    model = load(folder, device="cpu", dtype="fp32", attention=attention).model
-    torch.manual_seed(0)
-    peft_model = lora.attach(model, str(folder), 8, 16, dropout, "all-linear", True)
-    for name, parameter in peft_model.named_parameters():
-        if ".lora_B." in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return peft_model.train()
+    return adapted(folder, attention=attention, dropout=dropout)
 
 
 @pytest.fixture(scope="module", params=["eager", "sdpa", "varlen"])

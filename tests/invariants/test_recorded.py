@@ -12,9 +12,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from deadpan.checkpoints.load import load
+from adapters import adapted
 from deadpan.data.records import load as load_records
-from deadpan.models import lora, recorded
+from deadpan.models import recorded
 from deadpan.models.fused_loss import FusedLoss, picture_features
 from deadpan.models.recorded import RecordedLoss
 from deadpan.models.shapes import Shape
@@ -41,16 +41,6 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def samples(folder: Path, records: Path) -> list[Sample]:
     processor = load_processor(folder, max_tiles=4)
     return [processor.record(record) for record in load_records(records)]
-
-
-def adapted(folder: Path, train_projector: bool = True) -> PeftModel:
-    model = load(folder, device="cpu", dtype="fp32", attention="sdpa").model
-    torch.manual_seed(0)
-    peft_model = lora.attach(model, str(folder), 8, 16, 0.0, "all-linear", train_projector)
-    for name, parameter in peft_model.named_parameters():
-        if ".lora_B." in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return peft_model.train()
 
 
 def text_only(sample: Sample) -> Sample:

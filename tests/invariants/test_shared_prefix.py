@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from adapters import give_voice
 from deadpan.config.schema import Recipe
 from deadpan.data.records import Record, Turn
 from deadpan.data.records import load as load_records
@@ -101,9 +102,7 @@ def test_loss_and_gradients_are_those_of_separate_samples(
     trainer = Trainer(shared(make, tmp_path / "run"), False, Watcher(), dry_run=True)
     model, processor = trainer.model, trainer.processor
     torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if ".lora_B." in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+    give_voice(model)
 
     def gradients(loss: torch.Tensor) -> dict[str, torch.Tensor]:
         loss.backward()

@@ -10,9 +10,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from deadpan.checkpoints.load import load
+from adapters import adapted
 from deadpan.data.records import load as load_records
-from deadpan.models import lora, segments
+from deadpan.models import segments
 from deadpan.models.answer_loss import AnswerLoss
 from deadpan.models.frozen import has_fp8
 from deadpan.models.fused_loss import FusedLoss
@@ -76,13 +76,7 @@ def test_loss_and_gradients_are_near_those_of_transformers(
     folder = make_official(tmp_path / "model", architecture)
     processor = load_processor(folder, max_tiles=4)
     batch = collate([processor.record(record) for record in load_records(records)], 0, True)
-    model = load(folder, device="cuda", dtype="bf16", attention="varlen").model
-    torch.manual_seed(0)
-    peft_model = lora.attach(model, str(folder), 16, 32, 0.0, "all-linear", True)
-    for name, parameter in peft_model.named_parameters():
-        if ".lora_B." in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    peft_model.train()
+    peft_model = adapted(folder, "cuda", "bf16", "varlen", r=16)
     moved = batch.to(torch.device("cuda"))
     with torch.autocast("cuda", torch.bfloat16):
         expected = AnswerLoss(peft_model)(

@@ -14,9 +14,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from deadpan.checkpoints.load import load
+from adapters import adapted
 from deadpan.data.records import load as load_records
-from deadpan.models import lora
 from deadpan.models.frozen import has_fp8
 from deadpan.models.fused_loss import FusedLoss, picture_features
 from deadpan.models.recorded import RecordedLoss, suits
@@ -42,13 +41,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def model(folder: Path) -> PeftModel:
-    plain = load(folder, device="cuda", dtype="bf16", attention="varlen").model
-    torch.manual_seed(0)
-    peft_model = lora.attach(plain, str(folder), 16, 32, 0.0, "all-linear", True)
-    for name, parameter in peft_model.named_parameters():
-        if ".lora_B." in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return peft_model.train()
+    return adapted(folder, "cuda", "bf16", "varlen", r=16)
 
 
 @pytest.fixture

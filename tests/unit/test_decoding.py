@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from adapters import give_voice
 from deadpan.checkpoints.load import Loaded, load
 from deadpan.data.records import Turn
 from deadpan.engines import features as engine_features
@@ -93,10 +94,8 @@ def test_an_adapter_answers_unmerged(
     before = ours(BuiltinEngine(loaded), requests)
     torch.manual_seed(0)
     model = lora.attach(loaded.model, str(tiny), 4, 8, 0.0, ["q_proj", "down_proj"], True)
-    for name, parameter in model.named_parameters():
-        if ".lora_B." in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-        parameter.requires_grad_(False)
+    give_voice(model, std=0.2)
+    model.requires_grad_(False)
     loaded.model = model
     engine = BuiltinEngine(loaded)
     assert isinstance(engine._decoder, Decoder)
