@@ -112,7 +112,9 @@ def main() -> None:
     write_json(
         arguments.out,
         {
-            "device": hardware["cpu"] if arguments.tiny else hardware["cuda"][0],
+            "device": hardware["cpu"]
+            if arguments.tiny or not hardware["cuda"]
+            else hardware["cuda"][0],
             "python": platform.python_version(),
             "versions": versions(),
             "rows": rows,

@@ -1,12 +1,13 @@
 """`deadpan demo`."""
 
-import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from deadpan.cli import hints
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,7 +50,7 @@ def demo(
     typer.echo()
     print_figures(story.figures)
     typer.echo(f"\n{story.seconds():.0f} s in all. Look at {report} in a browser.")
-    typer.echo(f"hear it: deadpan tell {shlex.quote(str(out / 'model'))} PICTURE")
+    typer.echo(hints.hear(out / "model"))
 
 
 class _Telling:

@@ -1,10 +1,11 @@
 """`deadpan export`."""
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from deadpan.cli import hints
 
 
 def export(
@@ -83,4 +84,4 @@ def export(
             f"by {trained['max_logit_difference']:.3g}, same likeliest token at "
             f"{trained['same_argmax']:.1%}; --merge-into trained would keep it"
         )
-    typer.echo(f"hear it: deadpan tell {shlex.quote(str(out))} PICTURE")
+    typer.echo(hints.hear(out))

@@ -1,10 +1,11 @@
 """`deadpan import-xtuner`."""
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from deadpan.cli import hints
 
 
 def import_xtuner(
@@ -58,4 +59,4 @@ def import_xtuner(
     typer.echo(
         "XTuner trained it with a system sentence of its own; here it is asked with the base model's"
     )
-    typer.echo(f"hear it: deadpan tell {shlex.quote(str(out))} PICTURE")
+    typer.echo(hints.hear(out))

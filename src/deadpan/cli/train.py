@@ -1,9 +1,10 @@
 """`deadpan train`."""
 
-import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from deadpan.cli import hints
 
 if TYPE_CHECKING:
     from deadpan.config.schema import Recipe
@@ -93,7 +94,7 @@ def train(
     if result.best is not None:
         step, loss = result.best
         typer.echo(f"best: step {step}, held-out loss {loss:.4f}; this is the one that is heard")
-    typer.echo(f"hear it: deadpan tell {shlex.quote(str(result.run))} PICTURE")
+    typer.echo(hints.hear(result.run))
 
 
 def _print_forecast(recipe: "Recipe", resume: bool | str, as_json: bool) -> None:

@@ -64,7 +64,8 @@ def find_export(
     layout = detect(folder)
     adapter = None
     if layout is Layout.ADAPTER and engine == "vllm":
-        _check_adapter(folder, model, base)
+        merging = f"merge the adapter, and load that: {_export(model, base)}"
+        _check_adapter(folder, merging)
         adapter, folder, base = folder, base_of(folder, base), None
         if detect(folder) is not Layout.HF:
             raise DeadpanError(
@@ -72,16 +73,15 @@ def find_export(
                 where=adapter,
                 found=f"its base {folder}",
                 fix=f"write one, and name it: deadpan export {folder} base-hf --layout hf, and --base base-hf; "
-                f"or merge the adapter: deadpan export {model} exported --layout hf",
+                f"or {merging}",
             )
     elif layout is not Layout.HF:
         what = "an adapter" if layout is Layout.ADAPTER else "a model in the official layout"
-        moved = "" if base is None else f" --base {base}"
         raise DeadpanError(
             f"{engine} loads whole models in the layout hf.",
             where=folder,
             found=what,
-            fix=f"write one, and load that: deadpan export {model}{moved} exported --layout hf",
+            fix=f"write one, and load that: {_export(model, base)}",
         )
     _check_options(engine, device, attention, quantization, base)
     types = ("auto", "bf16", "fp16") if engine == "lmdeploy" else ("auto", *DTYPES)
@@ -100,7 +100,7 @@ def find_export(
             "The export does not name its language model's class, by which lmdeploy finds the code for it.",
             where=folder / "config.json",
             expected="text_config.architectures",
-            fix=f"write it anew, and load that: deadpan export {model} exported --layout hf",
+            fix=f"write it anew, and load that: {_export(model, base)}",
         )
     processor = load_processor(adapter or folder, max_tiles)
     positions = text.get("max_position_embeddings", 32768)
@@ -115,17 +115,20 @@ def find_export(
     )
 
 
-def _check_adapter(folder: Path, model: str | Path, base: str | Path | None) -> None:
-    """Refuse an adapter that vLLM would not put on a model, or only in part."""
-    config = lora.read_config(folder)
-    if saved := config.get("modules_to_save"):
-        moved = "" if base is None else f" --base {base}"
+def _export(model: str | Path, base: str | Path | None) -> str:
+    """The command that writes what the engines load."""
+    moved = "" if base is None else f" --base {base}"
+    return f"deadpan export {model}{moved} exported --layout hf"
+
+
+def _check_adapter(folder: Path, merging: str) -> None:
+    """Refuse an adapter that vLLM would put on a model only in part; `merging` is what to do instead."""
+    if saved := lora.read_config(folder).get("modules_to_save"):
         raise DeadpanError(
             "vllm takes an adapter of the language model alone.",
             where=folder,
             found=f"{', '.join(saved)} trained whole beside it",
-            fix=f"merge it, and load that: deadpan export {model}{moved} exported --layout hf; "
-            "or train with train_projector=false",
+            fix=f"{merging}; or train with train_projector=false",
         )
 
 

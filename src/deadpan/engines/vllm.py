@@ -32,6 +32,7 @@ _ENVIRONMENT = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
 """How vLLM is to behave, unless the user says otherwise."""
+_MERGE = "merge it, and load that: deadpan export ADAPTER exported --layout hf"
 
 
 class VllmEngine(ConcurrentEngine):
@@ -112,7 +113,7 @@ class VllmEngine(ConcurrentEngine):
                 "vLLM does not take the adapter.",
                 where=adapter,
                 found=first_line(error),
-                fix="merge it, and load that: deadpan export ADAPTER exported --layout hf",
+                fix=_MERGE,
             ) from None
 
     def _release(self) -> None:
@@ -212,6 +213,6 @@ def _room(adapter: Path) -> dict[str, Any]:
             where=adapter,
             expected=f"at most {max(ranks)}",
             found=str(r),
-            fix="merge it, and load that: deadpan export ADAPTER exported --layout hf",
+            fix=_MERGE,
         )
     return {"enable_lora": True, "max_loras": 1, "max_lora_rank": min(x for x in ranks if x >= r)}

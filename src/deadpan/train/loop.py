@@ -59,10 +59,10 @@ from deadpan.train.rehearsal import choose_micro_batch_size
 from deadpan.train.run_folder import RunLog, open_run
 from deadpan.train.schedule import resolve as resolve_schedule
 from deadpan.train.schedule import schedule
-from deadpan.train.split import read, split
+from deadpan.train.split import split
 from deadpan.train.start import open_model, with_adapter
 from deadpan.train.stopping import stop_signal
-from deadpan.train.survey import Survey, survey
+from deadpan.train.survey import Survey
 from deadpan.train.watcher import Watcher
 
 _SEED_STRIDE = 1_000_003
@@ -158,13 +158,7 @@ class Trainer:
         self.objective = self._objective(found)
 
     def _look_at_records(self) -> tuple[Survey, list[Record]]:
-        data, surveying = self.recipe.data, self.watcher.surveying
-        records = read(self.recipe, data.train)
-        if isinstance(data.validation, Path):
-            # A mistake in it is not to be told after the minutes that many pictures take.
-            read(self.recipe, data.validation)
-        surveyed = survey(records, self.processor, data.overlong, surveying)
-        return split(self.recipe, surveyed, self.processor, surveying)
+        return split(self.recipe, self.processor, self.watcher.surveying)
 
     def _build_model(self, folder: Path) -> None:
         recipe, rank = self.recipe, self.processes.rank

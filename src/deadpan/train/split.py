@@ -28,33 +28,34 @@ def read(recipe: Recipe, path: Path) -> list[Record]:
 
 def split(
     recipe: Recipe,
-    surveyed: Survey,
     processor: Processor,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Survey, list[Record]]:
-    """Hold records out, as the recipe says.
+    """Look at a recipe's records and their pictures, and hold records out, as it says.
 
     Args:
-        recipe: Its `data.validation`, and its seed.
-        surveyed: The records of `data.train`.
-        processor: Counts the tokens of a validation file's records.
-        progress: Called with the number of these looked at and their total.
+        recipe: Its `data`, and its seed.
+        processor: Counts the tokens of records.
+        progress: Called with the number of a file's records looked at and their total.
 
     Returns:
         What is trained on, and the held-out records, which may be none.
 
     Raises:
-        DeadpanError: If nothing can be held out, or the validation file is not in order or has
+        DeadpanError: If the records are not in order, nothing can be held out, or the validation file has
             pictures that are trained on.
     """
-    validation = recipe.data.validation
+    data, validation = recipe.data, recipe.data.validation
+    training = read(recipe, data.train)
+    # Both files first: a mistake in one is not to be told after the minutes that many pictures take.
+    apart = read(recipe, validation) if isinstance(validation, Path) else []
+    surveyed = survey(training, processor, data.overlong, progress)
     if validation is None:
         return surveyed, []
     if isinstance(validation, float):
         parts = hold_out(surveyed.records, validation, recipe.seed)
         return surveyed.only(parts.training), [surveyed.records[i] for i in parts.held_out]
-    records = read(recipe, validation)
-    held_out = survey(records, processor, recipe.data.overlong, progress).records
+    held_out = survey(apart, processor, data.overlong, progress).records
     refuse_shared(surveyed.records, held_out)
     return surveyed, held_out
 
@@ -65,11 +66,10 @@ def trained_on(recipe: Recipe) -> list[Record]:
     Raises:
         DeadpanError: If they are no longer there, or not in order.
     """
-    records = read(recipe, recipe.data.train)
     if not isinstance(recipe.data.validation, float):
-        return records
+        return read(recipe, recipe.data.train)
     processor = load_processor(resolve(recipe.model), recipe.max_tiles, recipe.max_length)
-    return split(recipe, survey(records, processor, recipe.data.overlong), processor)[0].records
+    return split(recipe, processor)[0].records
 
 
 def learned(run: Path) -> list[str]:
