@@ -32,16 +32,16 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 ONE_MESSAGE = """
 import os
 from deadpan.cli.main import run
-from deadpan.train import loop
+from deadpan.train import split
 
-surveyed = loop.survey
+surveyed = split.survey
 
 def survey(*arguments):
     found = surveyed(*arguments)
     open(os.environ["BREAKS"], "wb").close()
     return found
 
-loop.survey = survey
+split.survey = survey
 run()
 """
 
